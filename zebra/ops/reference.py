@@ -1,13 +1,16 @@
 """Every operator in a few lines of eager PyTorch: the truth the kernels are tested against.
 
-Each function is written from its equation, token by token where the equation is a recurrence, and is
-differentiable through autograd.  Arithmetic runs in at least fp32: float64 inputs give the fp64 truth,
-bf16 inputs give what an exact kernel would return after rounding its outputs.  Slow on purpose.
+Each function is written from its equation, token by token where the equation is a recurrence, and
+is differentiable through autograd.  Arithmetic runs in at least fp32: float64 inputs give the fp64
+truth, bf16 inputs give what an exact kernel would return after rounding its outputs.  Slow on
+purpose.
 
 Dimension legend: see :mod:`zebra.ops`.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +27,7 @@ def _bounds(batch: int, tokens: int, cu_seqlens: Tensor | None) -> list[tuple[in
     if cu_seqlens is None:
         return [(b, 0, tokens) for b in range(batch)]
     cu = cu_seqlens.tolist()
-    return [(0, first, end) for first, end in zip(cu[:-1], cu[1:], strict=True)]
+    return [(0, first, end) for first, end in pairwise(cu)]
 
 
 def rms_norm(
@@ -44,7 +47,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
-    """y[t, c] = act(bias[c] + sum_w weight[c, w] * x[t - (W-1) + w, c]), x before 0 from the state."""
+    """y[t, c] = act(b[c] + sum_w weight[c, w] x[t - (W-1) + w, c]); x before 0 is the state."""
     width = weight.size(1)
     w, ys, states = _wide(weight), [], []
     for i, (b, first, end) in enumerate(_bounds(x.size(0), x.size(1), cu_seqlens)):
@@ -79,9 +82,7 @@ def causal_conv1d_step(
         if slot < 0:  # a padding row
             ys.append(torch.zeros_like(x[b]))
             continue
-        y, last = causal_conv1d(
-            x[b, None, None], weight, bias, state[slot, None], None, activation
-        )
+        y, last = causal_conv1d(x[b, None, None], weight, bias, state[slot, None], None, activation)
         state[slot] = last[0]
         ys.append(y[0, 0])
     return torch.stack(ys) if ys else x.clone(), state
@@ -153,7 +154,7 @@ def mamba2_step(
     state_indices: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token: conv, SSM update, gate, norm; returns (y [B, H*P], new conv_state, new ssm_state)."""
+    """One token: conv, SSM update, gate, norm; returns (y, new conv_state, new ssm_state)."""
     _, H, P, N = ssm_state.shape
     z, xbc, dt = zxbcdt.split([H * P, n_groups * (P + N) + H * N, H], dim=-1)
     xbc, conv_state = causal_conv1d_step(
@@ -204,7 +205,7 @@ def mla_project(
     kv_a_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """c_q = W_qa x, q = W_qb c_q;  [c | k] = W_kva x;  q_rope, k_rope rotated;  latent = [c | k_rope]."""
+    """c_q = W_qa x, q = W_qb c_q; [c | k] = W_kva x; rope parts rotated; latent = [c | k_rope]."""
     E, x = 2 * cos.size(-1), _wide(hidden)
     c_q = x if q_a_weight is None else x @ _wide(q_a_weight).t()
     if q_a_norm_weight is not None:
@@ -228,7 +229,7 @@ def mla_attention(
     cu_seqlens: Tensor | None = None,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """o = softmax(scale * q [k_nope | k_rope]^T) v, query head h reading KV head h // (H/G); and lse.
+    """o = softmax(scale * q [k_nope | k_rope]^T) v, query head h on KV head h // (H/G); and lse.
 
     kv may hold S >= T tokens (a cached prefix); the T queries are its last T positions.
     """
@@ -244,7 +245,9 @@ def mla_attention(
         s = scale * torch.einsum("thd,shd->ths", qw[b, first:end], key[b, keys])
         if causal:
             t, n = s.size(0), s.size(2)
-            above = torch.arange(n, device=s.device) > torch.arange(t, device=s.device)[:, None] + n - t
+            above = (
+                torch.arange(n, device=s.device) > torch.arange(t, device=s.device)[:, None] + n - t
+            )
             s = s.masked_fill(above[:, None], float("-inf"))
         rows_o.append(torch.einsum("ths,shd->thd", s.softmax(-1), value[b, keys]))
         rows_lse.append(s.logsumexp(-1))
@@ -298,7 +301,7 @@ def linear_decode(
     activation: str = "none",
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    """y = act(W norm(x) + b) + residual; "swiglu" splits the rows of W: silu(W_gate x) * (W_up x)."""
+    """y = act(W norm(x) + b) + residual; "swiglu" splits W: silu(W_gate x) * (W_up x)."""
     h = _wide(x) if norm_weight is None else rms_norm(_wide(x), norm_weight, eps=norm_eps)[0]
     y = h @ _wide(weight).t()
     y = y if bias is None else y + _wide(bias)

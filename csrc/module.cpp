@@ -1,0 +1,47 @@
+// zebra._C: what is not an operator.  Build facts and the tile configurations, for `zebra info` and
+// for tests that have no GPU.  The operators work without this module.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "rms_norm/rms_norm_config.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict d;
+  d["version"] = ZEBRA_VERSION;
+  d["compiler"] = "gcc " __VERSION__;
+  d["cuda"] = ZEBRA_CUDA_VERSION;  // nvcc's version; empty when the CUDA library was not built
+  d["cuda_archs"] = ZEBRA_CUDA_ARCHS;
+  d["torch_abi"] = ZEBRA_TORCH_TARGET;
+  return d;
+}
+
+py::dict rms_norm_config(std::int64_t dim, int element_bytes, bool aligned) {
+  const zebra::RmsNormConfig c = zebra::select_rms_norm_config(dim, element_bytes, aligned);
+  return py::dict(py::arg("threads") = c.threads, py::arg("vec") = c.vec,
+                  py::arg("vecs_per_thread") = c.vecs_per_thread);
+}
+
+// select_config("rms_norm", dim=4096, ...): the tile that a launcher would choose, as a dict.
+py::dict select_config(const std::string& op, const py::kwargs& problem) {
+  const py::module_ self = py::module_::import("zebra._C");
+  const std::string name = "_" + op + "_config";
+  if (!py::hasattr(self, name.c_str()))
+    throw py::value_error("zebra: no tile configuration for operator '" + op + "'");
+  return self.attr(name.c_str())(**problem);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts and tile configurations of zebra.";
+  m.def("build_info", &build_info);
+  m.def("select_config", &select_config);
+  m.def("_rms_norm_config", &rms_norm_config, py::arg("dim"), py::arg("element_bytes") = 2,
+        py::arg("aligned") = true);
+}

@@ -1,0 +1,28 @@
+"""Fixtures of every test: devices, seeds, and NaN in all memory that an operator must write."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The same test bodies run on the CPU everywhere and on a GPU with ``-m gpu``."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison() -> Iterator[None]:
+    """Seed the generators; make uninitialised tensors NaN, also those that C++ allocates."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A GPU run on a machine without a GPU is an error, not a silent skip."""
+    if config.getoption("markexpr") == "gpu" and not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu: torch sees no CUDA device here")

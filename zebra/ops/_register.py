@@ -1,0 +1,79 @@
+"""Python halves of the operators: fakes, gradients, and the composites that fill in for kernels.
+
+Every module of :mod:`zebra.ops` calls :func:`fake` and :func:`autograd` beside its public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CPU, _CUDA = "CPU", "CUDA"
+_composites: set[str] = set()
+_composite_library = torch.library.Library("zebra", "IMPL")
+
+# The public operators, in the order of the support matrix (csrc/schema.cpp declares them).
+OPERATORS = (
+    "rms_norm",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "ssd_scan",
+    "mamba2_step",
+    "mla_project",
+    "mla_project_append",
+    "mla_attention",
+    "mla_decode",
+    "linear_decode",
+    "fused_kl_div",
+)
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the fake (meta) function of ``torch.ops.zebra.<name>``."""
+    return torch.library.register_fake(f"zebra::{name}")
+
+
+def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Register the gradient formula of ``torch.ops.zebra.<name>``."""
+    torch.library.register_autograd(f"zebra::{name}", backward, setup_context=setup_context)
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Whether a compiled kernel or a composite of ``name`` is registered for a dispatch key."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"zebra::{name}", key))
+
+
+def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the eager form of an operator: it serves CUDA tensors until a kernel exists."""
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if not has_kernel(name, _CUDA):
+            _composite_library.impl(name, fn, _CUDA)
+            _composites.add(name)
+        return fn
+
+    return register
+
+
+def support_matrix() -> dict[str, dict[str, str]]:
+    """What serves each operator: ``{"rms_norm": {"cpu": "kernel", "cuda": "kernel"}, ...}``.
+
+    Values: "kernel" (compiled C++ or CUDA), "composite" (eager PyTorch operations under the
+    operator's name), "none".  Where the CUDA library was not built or loaded, kernels that it
+    holds are reported as the composite that serves instead.
+    """
+
+    def served(name: str, key: str) -> str:
+        if key == _CUDA and name in _composites:
+            return "composite"
+        return "kernel" if has_kernel(name, key) else "none"
+
+    return {name: {"cpu": served(name, _CPU), "cuda": served(name, _CUDA)} for name in OPERATORS}
+
+
+def optional(t: Tensor, given: Tensor | None) -> Tensor | None:
+    """A gradient output, or None where the input was None (outputs of shape [0] stand for it)."""
+    return t if given is not None else None
