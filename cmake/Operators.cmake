@@ -1,4 +1,4 @@
-# zebra_operator(NAME [CPU] [CUDA] [SM90A]) collects sources; zebra_build_libraries() makes the targets.
+# zebra_operator(NAME [CPU] [CUDA] [SM90A] [CUTLASS]) collects sources; zebra_build_libraries() makes the targets.
 #
 # Files of an operator, all in csrc/NAME/:
 #   NAME_cpu.cpp         CPU kernels, torch-free; compiled once per instruction set
@@ -6,6 +6,7 @@
 #   NAME_sm90.cu         Hopper kernels, torch-free; sm_90a only
 #   NAME_torch_cpu.cpp   registration for CPU tensors
 #   NAME_torch_cuda.cpp  registration for CUDA tensors
+# CUTLASS: the Hopper kernels of this operator include CUTLASS headers (third_party/).
 
 set(ZEBRA_COMPILE_OPTIONS -Wall -Wextra -Werror -fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=)
 
@@ -30,6 +31,8 @@ macro(zebra_operator NAME)
       list(APPEND ZEBRA_CUDA_TORCH "${dir}/${NAME}_torch_cuda.cpp")
     elseif(part STREQUAL "SM90A")
       list(APPEND ZEBRA_SM90A_KERNELS "${dir}/${NAME}_sm90.cu")
+    elseif(part STREQUAL "CUTLASS")
+      set(ZEBRA_NEEDS_CUTLASS ON)
     else()
       message(FATAL_ERROR "zebra_operator(${NAME}): unknown part ${part}")
     endif()
@@ -84,8 +87,14 @@ endmacro()
 function(zebra_build_cuda)
   zebra_cuda_objects(zebra_cuda_portable ARCHS ${ZEBRA_CUDA_ARCHS} SOURCES ${ZEBRA_CUDA_KERNELS})
   set(objects $<TARGET_OBJECTS:zebra_cuda_portable>)
+  if(ZEBRA_NEEDS_CUTLASS)
+    include("${CMAKE_SOURCE_DIR}/third_party/CutlassHeaders.cmake")
+  endif()
   if(ZEBRA_SM90A_KERNELS)
     zebra_cuda_objects(zebra_cuda_sm90a ARCHS 90a SOURCES ${ZEBRA_SM90A_KERNELS})
+    if(ZEBRA_NEEDS_CUTLASS)
+      target_include_directories(zebra_cuda_sm90a SYSTEM PRIVATE "${CUTLASS_INCLUDE_DIR}")
+    endif()
     list(APPEND objects $<TARGET_OBJECTS:zebra_cuda_sm90a>)
   endif()
   add_library(zebra_cuda SHARED ${ZEBRA_CUDA_TORCH} ${objects})
@@ -142,6 +151,12 @@ function(zebra_build_libraries)
   zebra_torch_library(zebra_cpu)
   if(ZEBRA_CUDA_FOUND)
     zebra_build_cuda()
+  endif()
+  if(ZEBRA_TESTS)
+    add_executable(zebra_test_configs tests/csrc/test_configs.cpp)
+    target_include_directories(zebra_test_configs PRIVATE csrc)
+    target_compile_options(zebra_test_configs PRIVATE ${ZEBRA_COMPILE_OPTIONS})
+    add_test(NAME configs COMMAND zebra_test_configs)
   endif()
   zebra_build_bindings()
 endfunction()

@@ -1,0 +1,70 @@
+"""Names, schemas and docstrings that other people's code relies on."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import zebra
+from zebra import ops
+from zebra.ops import _register
+
+SCHEMA = (Path(__file__).parent.parent / "csrc" / "schema.cpp").read_text()
+DECLARED = re.findall(r'"(\w+)\(Tensor', SCHEMA)
+
+
+@pytest.mark.parametrize("op", _register.OPERATORS)
+def test_every_operator_is_served_on_every_device(op):
+    assert ops.support_matrix()[op] == {
+        "cpu": "kernel",
+        "cuda": ops.support_matrix()[op]["cuda"],
+    }
+    assert ops.support_matrix()[op]["cuda"] in {"kernel", "composite"}
+
+
+@pytest.mark.parametrize("op", DECLARED)
+def test_every_declared_operator_has_cpu_cuda_and_fake(op):
+    for key in ("CPU", "CUDA"):
+        assert _register.has_kernel(op, key), f"{op} has no {key} implementation"
+    assert torch._library.simple_registry.singleton.find(f"zebra::{op}").fake_impl.kernel
+
+
+@pytest.mark.parametrize("op", _register.OPERATORS)
+def test_every_operator_is_documented(op):
+    doc = inspect.getdoc(getattr(ops, op)) or ""
+    for section in ("Equation:", "Args:", "Returns:", "Raises:", "Numerics:"):
+        assert section in doc, f"zebra.ops.{op}: docstring lacks {section}"
+    for argument in inspect.signature(getattr(ops, op)).parameters:
+        assert f"{argument}:" in doc or f"{argument}," in doc, f"zebra.ops.{op}: {argument}"
+    assert op in ops.__all__
+
+
+@pytest.mark.parametrize("op", _register.OPERATORS)
+def test_python_arguments_are_those_of_the_schema(op):
+    schema = getattr(torch.ops.zebra, op).default._schema
+    python = list(inspect.signature(getattr(ops, op)).parameters)
+    assert python == [a.name for a in schema.arguments]
+
+
+def test_import_touches_no_gpu():
+    code = "import zebra, torch; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_version_is_one_fact():
+    from zebra import _extension
+
+    bindings = _extension.bindings()
+    assert bindings is not None and bindings.build_info()["version"] == zebra.__version__
+
+
+def test_config_of_an_unknown_operator_is_refused():
+    from zebra import _extension
+
+    bindings = _extension.bindings()
+    with pytest.raises(ValueError, match="no tile configuration for operator 'nothing'"):
+        bindings.select_config("nothing")
