@@ -52,8 +52,9 @@ class CMakeBuild(build_ext):
         if os.environ.get("ZEBRA_CUDA_ARCHS"):
             options["ZEBRA_CUDA_ARCHS"] = os.environ["ZEBRA_CUDA_ARCHS"]
         # A pip-installed cmake is a Python script that an isolated build cannot import.
-        path = os.pathsep.join(["/usr/local/bin", "/usr/bin", os.environ.get("PATH", "")])
-        cmake = shutil.which("cmake", path=path)
+        path = os.environ.get("PATH", "")
+        system = [d for d in path.split(os.pathsep) if d in ("/usr/local/bin", "/usr/bin")]
+        cmake = shutil.which("cmake", path=os.pathsep.join(system)) or shutil.which("cmake")
         if cmake is None:
             raise SystemExit("zebra: cmake >= 3.24 is needed to build (pip install cmake ninja)")
         definitions = [f"-D{key}={value}" for key, value in options.items()]
