@@ -1,0 +1,548 @@
+"""ZebraModel and ZebraForCausalLM: the hybrid as Hugging Face models."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from zebra.cache import CacheRows, HybridCache, PagedLayer, StateLayer
+from zebra.layers import (
+    MLP,
+    Attention,
+    Mamba2Mixer,
+    MultiheadLatentAttention,
+    RMSNorm,
+    RotaryEmbedding,
+)
+from zebra.layers.mamba2 import HeadNormWeight
+from zebra.models.checkpoint import official_config
+from zebra.models.configuration_zebra import ZebraConfig
+from zebra.models.padding import Packing
+
+
+@dataclass
+class ZebraOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+    """What the models return.
+
+    Attributes:
+        loss: Mean next-token cross entropy in nats, where labels are given.
+        logits: [B, T or logits_to_keep, vocab_size] (ZebraForCausalLM).
+        last_hidden_state: [B, T, hidden_size] after the final norm (ZebraModel).
+        past_key_values: The :class:`HybridCache`.
+        hidden_states: With output_hidden_states, the state entering every layer, then the state
+            after the final norm.
+        mixer_outputs: With output_mixer_outputs, what every token mixer added to the stream.
+    """
+
+    last_hidden_state: Tensor | None = None
+    mixer_outputs: tuple[Tensor, ...] | None = None
+
+
+class ZebraDecoderLayer(nn.Module):
+    """u = x + Mixer(norm(x));  y = u + MLP(norm(u)).
+
+    The mixer is ``mla``, ``mamba`` or ``self_attn`` by config.layer_types[layer_idx].
+    """
+
+    def __init__(
+        self, config: ZebraConfig, layer_idx: int, rotary: dict[str, RotaryEmbedding]
+    ) -> None:
+        super().__init__()
+        c, self.kind = config, config.layer_types[layer_idx]
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if self.kind == "mla":
+            self.mla = MultiheadLatentAttention(
+                c.hidden_size,
+                c.num_attention_heads,
+                c.num_key_value_heads,
+                c.kv_lora_rank,
+                c.qk_nope_head_dim,
+                c.qk_rope_head_dim,
+                c.v_head_dim,
+                rotary["mla"],
+                q_lora_rank=c.q_lora_rank,
+                latent_norm=c.use_lora_layer_norm,
+            )
+        elif self.kind == "mamba2":
+            self.mamba = Mamba2Mixer(
+                c.hidden_size,
+                c.num_attention_heads,
+                c.head_dim,
+                c.ssm_state_size,
+                c.num_key_value_heads,
+                c.ssm_conv_width,
+                c.rms_norm_eps,
+            )
+        else:
+            self.self_attn = Attention(
+                c.hidden_size,
+                c.num_attention_heads,
+                c.num_key_value_heads,
+                c.head_dim,
+                rotary["attention"],
+                bias=c.attention_bias,
+                out_bias=c.attention_out_bias,
+                qk_norm=c.qk_norm,
+                norm_eps=c.rms_norm_eps,
+            )
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, c.hidden_act)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        rows: CacheRows | None = None,
+        store: PagedLayer | StateLayer | None = None,
+        decode: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer.
+
+        Args:
+            hidden: [B, T, hidden_size], or [1, total, hidden_size] with cu_seqlens.
+            positions: [B, T] int64; None counts from 0 in every sequence.
+            cu_seqlens: [n_seq + 1] int32 bounds of packed sequences.
+            rows: Where the new tokens go in the cache.
+            store: This layer's part of the cache (mutated), with rows.
+            decode: Every row brings one token: take the decoding step of the mixer.
+
+        Returns:
+            The stream leaving the layer, and what the mixer added to it.
+        """
+        x = self.input_layernorm(hidden)
+        if self.kind == "mamba2":
+            mixed = self._mix_states(x, cu_seqlens, rows, cast("StateLayer | None", store), decode)
+        else:
+            pages = cast("PagedLayer | None", store)
+            mixed = self._mix_tokens(x, positions, cu_seqlens, rows, pages, decode)
+        x, hidden = self.post_attention_layernorm.add(mixed.to(hidden.dtype), hidden)
+        return hidden + self.mlp(x), mixed
+
+    def _mix_tokens(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        rows: CacheRows | None,
+        store: PagedLayer | None,
+        decode: bool,
+    ) -> Tensor:
+        mixer = self.mla if self.kind == "mla" else self.self_attn
+        if rows is None or store is None:
+            return mixer(x, positions, cu_seqlens)  # type: ignore[no-any-return]
+        if decode:
+            assert positions is not None
+            return mixer.step(
+                x, positions, store.pages, rows.slot_mapping, rows.block_table, rows.seq_lens
+            )
+        return mixer(  # type: ignore[no-any-return]
+            x,
+            positions,
+            cu_seqlens,
+            cache=store.pages,
+            slot_mapping=rows.slot_mapping,
+            block_table=rows.block_table,
+            prefix_lens=rows.prefix_lens,
+            new_lens=rows.new_lens,
+        )
+
+    def _mix_states(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        rows: CacheRows | None,
+        store: StateLayer | None,
+        decode: bool,
+    ) -> Tensor:
+        if rows is None or store is None:
+            return self.mamba(x, cu_seqlens)[0]  # type: ignore[no-any-return]
+        conv, ssm, slots = store.conv_state, store.ssm_state, rows.slots
+        if decode:
+            return self.mamba.step(x, conv, ssm, slots)
+        old: tuple[Tensor | None, Tensor | None] = (None, None)
+        if any(rows.prefix_lens):
+            old = (conv[slots], ssm[slots])
+        mixed, last_conv, last_ssm = self.mamba(x, cu_seqlens, *old)
+        conv[slots], ssm[slots] = last_conv.to(conv.dtype), last_ssm.to(ssm.dtype)
+        return cast(Tensor, mixed)
+
+
+class ZebraPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """Weight initialisation and loading shared by the Zebra models."""
+
+    config_class = ZebraConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["ZebraDecoderLayer"]  # noqa: RUF012  (transformers' own form)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # exp(-exp(A_log) * dt) over thousands of tokens: bf16 would change the decay rates
+    _keep_in_fp32_modules_strict = {"A_log", "D", "dt_bias"}  # noqa: RUF012
+    # views of kv_b_proj that the authors' inference code saves beside it
+    _keys_to_ignore_on_load_unexpected = [r"\.mla\.w[kv]_b$"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what a checkpoint did not bring; nn.init leaves loaded weights alone."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(cast(Tensor, module.bias))
+        elif isinstance(module, (RMSNorm, HeadNormWeight)):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Conv1d):
+            bound = module.kernel_size[0] ** -0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, Mamba2Mixer) and not any(
+            getattr(p, "_is_hf_initialized", False) for p in (module.A_log, module.D, module.dt_bias)
+        ):
+            module.reset_ssm_parameters()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a Zebra checkpoint, ours or in the layout of the amd/Zebra-Llama repositories.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub name.
+            *model_args: As in ``PreTrainedModel.from_pretrained``.
+            config: As in ``PreTrainedModel.from_pretrained``.
+            **kwargs: As in ``PreTrainedModel.from_pretrained``.
+
+        Raises:
+            ValueError: If an amd/Zebra-Llama checkpoint lacks a weight that its configuration asks
+                for, or uses an option that we do not have.
+        """
+        if config is None and pretrained_model_name_or_path is not None:
+            config = official_config(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, **kwargs
+        )
+
+
+class ZebraModel(ZebraPreTrainedModel):
+    """The decoder without its output head."""
+
+    def __init__(self, config: ZebraConfig) -> None:
+        super().__init__(config)
+        dims = {"mla": config.qk_rope_head_dim, "attention": config.head_dim}
+        self.rotary = {
+            kind: RotaryEmbedding(
+                dim, config.max_position_embeddings, config.rope_parameters[kind]
+            )
+            for kind, dim in dims.items()
+            if kind in config.layer_types
+        }
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            ZebraDecoderLayer(config, i, self.rotary) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def new_cache(
+        self, max_batch: int, max_length: int, num_pages: int | None = None, growable: bool = False
+    ) -> HybridCache:
+        """Make an empty decoding cache for this model.
+
+        Args:
+            max_batch: Sequences.
+            max_length: Longest sequence, in tokens.
+            num_pages: See :class:`HybridCache`.
+            growable: See :class:`HybridCache`.
+        """
+        return HybridCache(
+            self.config.cache_specs(),
+            max_batch,
+            max_length,
+            num_pages,
+            self.config.cache_page_size,
+            self.embed_tokens.weight.dtype,
+            getattr(torch, self.config.ssm_state_dtype),
+            self.embed_tokens.weight.device,
+            growable,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_mixer_outputs: bool = False,
+        **kwargs: Any,
+    ) -> ZebraOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: [B, T] int64; or inputs_embeds.
+            attention_mask: [B, T], or [B, cached columns + T] with a cache: 1 = token, 0 = padding,
+                on either side.  Padding is cut out before the first layer.
+            position_ids: [B, T] (or [1, T]) positions for RoPE; None counts tokens.
+            past_key_values: The cache (mutated).
+            inputs_embeds: [B, T, hidden_size].
+            use_cache: Return a cache; None means config.use_cache, and never where gradients flow.
+            cu_seqlens: [n_seq + 1] int32 bounds of sequences packed in one row (B = 1).
+            output_hidden_states: Return the state entering every layer and the final one.
+            output_mixer_outputs: Return what every token mixer added to the stream.
+            **kwargs: Ignored unless set; output_attentions is refused.
+
+        Raises:
+            ValueError: If the inputs contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("ZebraModel: pass exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError("ZebraModel: output_attentions is not supported: no layer holds them")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden.size(1) > self.config.max_position_embeddings and cu_seqlens is None:
+            raise ValueError(
+                f"ZebraModel: sequences must have at most max_position_embeddings = "
+                f"{self.config.max_position_embeddings} tokens, got {hidden.size(1)}"
+            )
+        cache = self._resolve_cache(past_key_values, use_cache, hidden, cu_seqlens)
+        packing = Packing.of(attention_mask, hidden, cu_seqlens)
+        if position_ids is not None:
+            position_ids = position_ids.expand(hidden.size(0), -1)
+            position_ids = packing.pack(position_ids)
+        columns, hidden = hidden.size(1), packing.pack(hidden)
+        rows, decode = None, False
+        if cache is not None:
+            if cu_seqlens is not None:
+                raise ValueError("ZebraModel: cu_seqlens cannot be combined with a cache")
+            rows = cache.extend(packing.lengths, packed=packing.packed)
+            cache.columns += columns
+            longest = max(cache.lengths)
+            if longest > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"ZebraModel: sequences must have at most max_position_embeddings = "
+                    f"{self.config.max_position_embeddings} tokens, got {longest}"
+                )
+            decode = columns == 1 and not packing.packed
+            position_ids = rows.positions if position_ids is None else position_ids
+        states: list[Tensor] = []
+        mixed: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            if output_hidden_states:
+                states.append(packing.unpack(hidden))
+            store = None if cache is None else cache.layers[i]
+            arguments = (hidden, position_ids, packing.cu_seqlens, rows, store, decode)
+            if self.gradient_checkpointing and self.training:
+                hidden, mix = self._gradient_checkpointing_func(layer.__call__, *arguments)
+            else:
+                hidden, mix = layer(*arguments)
+            if output_mixer_outputs:
+                mixed.append(packing.unpack(mix))
+        hidden = packing.unpack(self.norm(hidden))
+        if output_hidden_states:
+            states.append(hidden)
+        return ZebraOutput(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            mixer_outputs=tuple(mixed) if output_mixer_outputs else None,
+        )
+
+    def _resolve_cache(
+        self,
+        cache: HybridCache | None,
+        use_cache: bool | None,
+        hidden: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> HybridCache | None:
+        """Return the cache to use, a new one, or None; refuse what could not be right."""
+        grad = torch.is_grad_enabled() and hidden.requires_grad
+        if cache is None:
+            if not (use_cache or (use_cache is None and self.config.use_cache)):
+                return None
+            if grad or self.training or cu_seqlens is not None:
+                if use_cache:
+                    raise ValueError(
+                        "ZebraModel: the cache is not differentiable and holds no packed rows: "
+                        "pass use_cache=False, or use model.eval() and torch.no_grad()"
+                    )
+                return None
+            return self.new_cache(hidden.size(0), hidden.size(1) + 64, growable=True)
+        if not isinstance(cache, HybridCache):
+            raise ValueError(
+                f"ZebraModel: past_key_values must be a HybridCache (model.new_cache), "
+                f"got {type(cache).__name__}"
+            )
+        if grad:
+            raise ValueError(
+                "ZebraModel: the cache is not differentiable: run under torch.no_grad()"
+            )
+        if hidden.size(0) > cache.max_batch:
+            raise ValueError(
+                f"ZebraModel: past_key_values holds {cache.max_batch} sequences, "
+                f"the batch has {hidden.size(0)}"
+            )
+        return cache
+
+
+class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The hybrid with its output head; works with generate(), Trainer and the Auto classes."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ZebraConfig) -> None:
+        super().__init__(config)
+        self.model = ZebraModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def new_cache(
+        self, max_batch: int, max_length: int, num_pages: int | None = None, growable: bool = False
+    ) -> HybridCache:
+        """Make an empty decoding cache; see ``ZebraModel.new_cache``."""
+        return self.model.new_cache(max_batch, max_length, num_pages, growable)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_mixer_outputs: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ZebraOutput | tuple[Any, ...]:
+        """Return the logits, and the loss where labels are given.
+
+        Args:
+            input_ids: See ``ZebraModel.forward``, as the arguments not named here.
+            attention_mask: See there.
+            position_ids: See there.
+            past_key_values: See there.
+            inputs_embeds: See there.
+            labels: [B, T] int64 next-token targets, unshifted, -100 = ignored.  Padding, and the
+                first token of every sequence, never count.
+            use_cache: See ``ZebraModel.forward``.
+            logits_to_keep: Compute the logits of the last so many columns only (0 = all), or of
+                the columns listed in an int64 tensor.
+            cu_seqlens: See ``ZebraModel.forward``.
+            output_hidden_states: See there.
+            output_mixer_outputs: See there.
+            return_dict: False returns a tuple.
+            **kwargs: num_items_in_batch divides the summed loss; see ``ZebraModel.forward``.
+
+        Returns:
+            A :class:`ZebraOutput`.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        items = kwargs.pop("num_items_in_batch", None)
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cu_seqlens,
+            output_hidden_states,
+            output_mixer_outputs,
+            **kwargs,
+        )
+        hidden = out.last_hidden_state
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("ZebraForCausalLM: labels need all logits: leave logits_to_keep at 0")
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = next_token_loss(logits, labels, attention_mask, cu_seqlens, items)
+        output = ZebraOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            mixer_outputs=out.mixer_outputs,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """generate() calls this before its first forward."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"ZebraForCausalLM.generate: cache_implementation is not supported (the model has "
+                f"its own HybridCache), got {generation_config.cache_implementation!r}"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = self.new_cache(
+                batch_size * copies, max_cache_length + 1, growable=True
+            )
+
+
+def next_token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Cross entropy of every token given the tokens before it in its own sequence, fp32, in nats.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T] int64, -100 = ignored.
+        attention_mask: [B, T], 0 = padding: neither predicted nor predicting.
+        cu_seqlens: Bounds of packed sequences; their first tokens are not predicted.
+        num_items: Divide the sum by this instead of by the number of targets.
+    """
+    target = labels[:, 1:]
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        target = target.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+    if cu_seqlens is not None:
+        # a boundary b > 0 names column b as a first token: target b - 1
+        first = torch.zeros(labels.size(1) + 1, dtype=torch.bool, device=labels.device)
+        first[cu_seqlens.long()] = True
+        target = target.masked_fill(first[1:-1], -100)
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1),
+        target.flatten().to(logits.device),
+        reduction="mean" if num_items is None else "sum",
+    )
+    return loss if num_items is None else loss / num_items
