@@ -65,16 +65,10 @@ class Mamba2Mixer(nn.Module):
 
     @torch.no_grad()
     def reset_ssm_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw dt_bias, A_log and D as Mamba-2 does; the linear maps keep PyTorch's own start.
-
-        dt_bias = softplus^-1(dt), dt log-uniform in [1e-3, 1e-1];  A uniform in [1, 16];  D = 1.
-        """
-        dt = torch.empty_like(self.dt_bias, dtype=torch.float32)
-        dt.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_().clamp_(min=1e-4)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16, generator=generator)
-        self.A_log.copy_(A.log())
-        self.D.fill_(1.0)
+        """Draw dt_bias, A_log and D; the linear maps keep PyTorch's own start."""
+        drawn = draw_ssm_parameters(self.num_heads, generator)
+        for parameter, value in zip((self.dt_bias, self.A_log, self.D), drawn, strict=True):
+            parameter.copy_(value)
 
     def forward(
         self,
@@ -179,3 +173,16 @@ class HeadNormWeight(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
+
+
+def draw_ssm_parameters(
+    num_heads: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw dt_bias, A_log and D [num_heads] fp32 on the CPU, as Mamba-2 does.
+
+    dt_bias = softplus^-1(dt), dt log-uniform in [1e-3, 1e-1];  A uniform in [1, 16];  D = 1.
+    """
+    dt = torch.empty(num_heads, device="cpu")
+    dt.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_().clamp_(min=1e-4)
+    A = torch.empty(num_heads, device="cpu").uniform_(1, 16, generator=generator)
+    return dt + torch.log(-torch.expm1(-dt)), A.log(), torch.ones(num_heads, device="cpu")
