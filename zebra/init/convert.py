@@ -90,7 +90,7 @@ def convert(
         )
     if teacher.can_generate():
         hybrid.generation_config = teacher.generation_config
-    return hybrid.eval()
+    return hybrid.eval()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _build_config(
 ) -> ZebraConfig:
     c, d = teacher.config, traits.head_dim
     groups = c.num_key_value_heads
-    ranks: dict[str, int] = {
+    ranks: dict[str, Any] = {
         "q_lora_rank": min(c.hidden_size // 2, c.num_attention_heads * d),
         "kv_lora_rank": max(16, 2 * groups * d // 8 // 16 * 16),
         "qk_rope_head_dim": d // 2,

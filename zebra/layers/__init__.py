@@ -1,4 +1,4 @@
-"""Layers usable in any model: plain sizes in, tensors through, one class for training and decoding."""
+"""Layers usable in any model: one class each for training, prefill and decoding."""
 
 from zebra.layers.attention import Attention
 from zebra.layers.mamba2 import Mamba2Mixer

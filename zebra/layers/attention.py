@@ -100,7 +100,9 @@ class Attention(nn.Module):
             for i, (row, prefix, new) in enumerate(zip(rows, prefix_lens, new_lens, strict=True)):
                 pages = block_table[i, : -(-(prefix + new) // page)].long()
                 past = cache[pages].flatten(0, 1)[None, : prefix + new]
-                out.append(self._attend(row[None], *self._split(past), self._causal(row[None], past)))
+                out.append(
+                    self._attend(row[None], *self._split(past), self._causal(row[None], past))
+                )
             o = torch.cat(out, dim=1).view(q.shape)
         elif cu_seqlens is None:
             o = self._attend(q, k, v, None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zebra import ops
+from zebra.layers.dtypes import wide
 
 
 class Mamba2Mixer(nn.Module):
@@ -102,11 +103,11 @@ class Mamba2Mixer(nn.Module):
             self._A(),
             B.unflatten(-1, (G, N)),
             C.unflatten(-1, (H, N)),
-            D=self.D.float(),
+            D=wide(self.D),
             z=z.unflatten(-1, (H, P)),
-            dt_bias=self.dt_bias.float(),
+            dt_bias=wide(self.dt_bias),
             norm_weight=norm_weight,
-            initial_state=None if ssm_state is None else ssm_state.float(),
+            initial_state=None if ssm_state is None else wide(ssm_state),
             cu_seqlens=cu_seqlens,
             norm_eps=self.norm_eps,
         )
@@ -126,7 +127,7 @@ class Mamba2Mixer(nn.Module):
             hidden: [B, 1, hidden_size].
             conv_state: [slots, conv_dim, conv_width - 1] (mutated).
             ssm_state: [slots, H, P, N] (mutated).
-            state_indices: [B] int32, the slot of each row, -1 = padding row; None = row i is slot i.
+            state_indices: [B] int32, slot of each row, -1 = padding row; None = row i is slot i.
 
         Returns:
             [B, 1, hidden_size].
@@ -146,9 +147,9 @@ class Mamba2Mixer(nn.Module):
             ssm_state,
             weight,
             bias,
-            self.dt_bias.float(),
+            wide(self.dt_bias),
             self._A(),
-            self.D.float(),
+            wide(self.D),
             norm_weight,
             self.num_kv_heads,
             state_indices=state_indices,
@@ -158,7 +159,7 @@ class Mamba2Mixer(nn.Module):
         return out[:, None]
 
     def _A(self) -> Tensor:
-        return -torch.exp(self.A_log.float())
+        return -torch.exp(wide(self.A_log))
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Conv taps [C, W], conv bias and norm weight in the activations' dtype (see autocast)."""

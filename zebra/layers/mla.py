@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zebra import ops
-from zebra.layers.autocast import autocast
+from zebra.layers.dtypes import autocast
 from zebra.layers.norm import RMSNorm
 from zebra.layers.rope import RotaryEmbedding
 
@@ -242,4 +242,3 @@ def sequence_positions(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         bounds = cu_seqlens.long()
         tokens = tokens - bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
     return tokens.expand(hidden.size(0), -1)
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -23,11 +25,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., dim]."""
-        return ops.rms_norm(x, self.weight, eps=self.eps)
+        return cast(Tensor, ops.rms_norm(x, self.weight, eps=self.eps))
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalised sum and the sum itself, from one pass over memory."""
-        return ops.rms_norm(x, self.weight, residual, self.eps)
+        pair = ops.rms_norm(x, self.weight, residual, self.eps)
+        return cast("tuple[Tensor, Tensor]", pair)
 
     def extra_repr(self) -> str:
         """Describe the norm in ``print(model)``."""

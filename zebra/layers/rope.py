@@ -18,9 +18,10 @@ def rope_frequencies(dim: int, parameters: Mapping[str, Any]) -> tuple[Tensor, f
     With f_i = theta^(-2i/dim):
     "default": f_i;  "linear": f_i / factor;
     "llama3": f_i where the wavelength is short, f_i / factor where it is long, blended between;
-    "yarn": f_i (1 - r_i) + (f_i / factor) r_i with the ramp r_i = clip((i - low) / (high - low), 0, 1),
+    "yarn": f_i (1 - r_i) + (f_i / factor) r_i, r_i = clip((i - low) / (high - low), 0, 1),
     low = floor(g(beta_fast)), high = ceil(g(beta_slow)),
-    g(n) = dim ln(window / (2 pi n)) / (2 ln theta); cos and sin are multiplied by 0.1 ln(factor) + 1.
+    g(n) = dim ln(window / (2 pi n)) / (2 ln theta); cos and sin are multiplied by
+    0.1 ln(factor) + 1.
 
     Args:
         dim: Number of rotated channels, even.
@@ -52,7 +53,8 @@ def rope_frequencies(dim: int, parameters: Mapping[str, Any]) -> tuple[Tensor, f
         high = _number(parameters, "high_freq_factor", kind)
         if not high > low:
             raise ValueError(
-                f"rope_parameters: high_freq_factor must exceed low_freq_factor, got {high} and {low}"
+                f"rope_parameters: high_freq_factor must exceed low_freq_factor, "
+                f"got {high} and {low}"
             )
         turns = window * frequency / (2 * math.pi)  # full rotations inside the original window
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -112,7 +114,9 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         if max_positions < 1:
-            raise ValueError(f"RotaryEmbedding: max_positions must be positive, got {max_positions}")
+            raise ValueError(
+                f"RotaryEmbedding: max_positions must be positive, got {max_positions}"
+            )
         self.dim, self.max_positions = dim, max_positions
         self.parameters_dict = dict(parameters or {"rope_type": "default", "rope_theta": 10000.0})
         with torch.device("cpu"):  # models are also built under torch.device("meta")

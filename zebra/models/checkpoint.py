@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from zebra.models.configuration_zebra import ZebraConfig, layer_types_of
 
@@ -24,9 +24,7 @@ _HUB_OPTIONS = (
 )
 
 
-def official_config(
-    path: str | os.PathLike[str], options: Mapping[str, Any]
-) -> ZebraConfig | None:
+def official_config(path: str | os.PathLike[str], options: Mapping[str, Any]) -> ZebraConfig | None:
     """Return the configuration of an amd/Zebra-Llama checkpoint, or None where it is not one.
 
     Such a repository holds the config.json of a Llama beside hybrid_config.json.  Its RoPE is YaRN
@@ -85,8 +83,8 @@ def _build_config(
     scaling, theta = hybrid.get("rope_scaling") or {}, hybrid.get("rope_theta", 500000.0)
     yarn: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if scaling:
-        keys = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-        keys += ("mscale", "mscale_all_dim")
+        keys = ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow"]
+        keys += ["mscale", "mscale_all_dim"]
         yarn |= {"rope_type": "yarn"} | {k: scaling[k] for k in keys if k in scaling}
     config = ZebraConfig(
         vocab_size=llama["vocab_size"],

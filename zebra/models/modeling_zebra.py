@@ -9,26 +9,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from zebra.cache import CacheRows, HybridCache, PagedLayer, StateLayer
-from zebra.layers import (
-    MLP,
-    Attention,
-    Mamba2Mixer,
-    MultiheadLatentAttention,
-    RMSNorm,
-    RotaryEmbedding,
-)
+from zebra.cache import HybridCache
+from zebra.layers import Mamba2Mixer, RMSNorm, RotaryEmbedding
 from zebra.layers.mamba2 import HeadNormWeight
 from zebra.models.checkpoint import official_config
 from zebra.models.configuration_zebra import ZebraConfig
+from zebra.models.decoder_layer import ZebraDecoderLayer
+from zebra.models.loss import next_token_loss
 from zebra.models.padding import Packing
 
 
 @dataclass
-class ZebraOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+class ZebraOutput(CausalLMOutputWithPast):
     """What the models return.
 
     Attributes:
@@ -45,137 +40,7 @@ class ZebraOutput(CausalLMOutputWithPast):  # type: ignore[misc]
     mixer_outputs: tuple[Tensor, ...] | None = None
 
 
-class ZebraDecoderLayer(nn.Module):
-    """u = x + Mixer(norm(x));  y = u + MLP(norm(u)).
-
-    The mixer is ``mla``, ``mamba`` or ``self_attn`` by config.layer_types[layer_idx].
-    """
-
-    def __init__(
-        self, config: ZebraConfig, layer_idx: int, rotary: dict[str, RotaryEmbedding]
-    ) -> None:
-        super().__init__()
-        c, self.kind = config, config.layer_types[layer_idx]
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        if self.kind == "mla":
-            self.mla = MultiheadLatentAttention(
-                c.hidden_size,
-                c.num_attention_heads,
-                c.num_key_value_heads,
-                c.kv_lora_rank,
-                c.qk_nope_head_dim,
-                c.qk_rope_head_dim,
-                c.v_head_dim,
-                rotary["mla"],
-                q_lora_rank=c.q_lora_rank,
-                latent_norm=c.use_lora_layer_norm,
-            )
-        elif self.kind == "mamba2":
-            self.mamba = Mamba2Mixer(
-                c.hidden_size,
-                c.num_attention_heads,
-                c.head_dim,
-                c.ssm_state_size,
-                c.num_key_value_heads,
-                c.ssm_conv_width,
-                c.rms_norm_eps,
-            )
-        else:
-            self.self_attn = Attention(
-                c.hidden_size,
-                c.num_attention_heads,
-                c.num_key_value_heads,
-                c.head_dim,
-                rotary["attention"],
-                bias=c.attention_bias,
-                out_bias=c.attention_out_bias,
-                qk_norm=c.qk_norm,
-                norm_eps=c.rms_norm_eps,
-            )
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c.hidden_size, c.intermediate_size, c.hidden_act)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        positions: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        rows: CacheRows | None = None,
-        store: PagedLayer | StateLayer | None = None,
-        decode: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the layer.
-
-        Args:
-            hidden: [B, T, hidden_size], or [1, total, hidden_size] with cu_seqlens.
-            positions: [B, T] int64; None counts from 0 in every sequence.
-            cu_seqlens: [n_seq + 1] int32 bounds of packed sequences.
-            rows: Where the new tokens go in the cache.
-            store: This layer's part of the cache (mutated), with rows.
-            decode: Every row brings one token: take the decoding step of the mixer.
-
-        Returns:
-            The stream leaving the layer, and what the mixer added to it.
-        """
-        x = self.input_layernorm(hidden)
-        if self.kind == "mamba2":
-            mixed = self._mix_states(x, cu_seqlens, rows, cast("StateLayer | None", store), decode)
-        else:
-            pages = cast("PagedLayer | None", store)
-            mixed = self._mix_tokens(x, positions, cu_seqlens, rows, pages, decode)
-        x, hidden = self.post_attention_layernorm.add(mixed.to(hidden.dtype), hidden)
-        return hidden + self.mlp(x), mixed
-
-    def _mix_tokens(
-        self,
-        x: Tensor,
-        positions: Tensor | None,
-        cu_seqlens: Tensor | None,
-        rows: CacheRows | None,
-        store: PagedLayer | None,
-        decode: bool,
-    ) -> Tensor:
-        mixer = self.mla if self.kind == "mla" else self.self_attn
-        if rows is None or store is None:
-            return mixer(x, positions, cu_seqlens)  # type: ignore[no-any-return]
-        if decode:
-            assert positions is not None
-            return mixer.step(
-                x, positions, store.pages, rows.slot_mapping, rows.block_table, rows.seq_lens
-            )
-        return mixer(  # type: ignore[no-any-return]
-            x,
-            positions,
-            cu_seqlens,
-            cache=store.pages,
-            slot_mapping=rows.slot_mapping,
-            block_table=rows.block_table,
-            prefix_lens=rows.prefix_lens,
-            new_lens=rows.new_lens,
-        )
-
-    def _mix_states(
-        self,
-        x: Tensor,
-        cu_seqlens: Tensor | None,
-        rows: CacheRows | None,
-        store: StateLayer | None,
-        decode: bool,
-    ) -> Tensor:
-        if rows is None or store is None:
-            return self.mamba(x, cu_seqlens)[0]  # type: ignore[no-any-return]
-        conv, ssm, slots = store.conv_state, store.ssm_state, rows.slots
-        if decode:
-            return self.mamba.step(x, conv, ssm, slots)
-        old: tuple[Tensor | None, Tensor | None] = (None, None)
-        if any(rows.prefix_lens):
-            old = (conv[slots], ssm[slots])
-        mixed, last_conv, last_ssm = self.mamba(x, cu_seqlens, *old)
-        conv[slots], ssm[slots] = last_conv.to(conv.dtype), last_ssm.to(ssm.dtype)
-        return cast(Tensor, mixed)
-
-
-class ZebraPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class ZebraPreTrainedModel(PreTrainedModel):
     """Weight initialisation and loading shared by the Zebra models."""
 
     config_class = ZebraConfig
@@ -204,7 +69,8 @@ class ZebraPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             if module.bias is not None:
                 nn.init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, Mamba2Mixer) and not any(
-            getattr(p, "_is_hf_initialized", False) for p in (module.A_log, module.D, module.dt_bias)
+            getattr(p, "_is_hf_initialized", False)
+            for p in (module.A_log, module.D, module.dt_bias)
         ):
             module.reset_ssm_parameters()
 
@@ -242,9 +108,7 @@ class ZebraModel(ZebraPreTrainedModel):
         super().__init__(config)
         dims = {"mla": config.qk_rope_head_dim, "attention": config.head_dim}
         self.rotary = {
-            kind: RotaryEmbedding(
-                dim, config.max_position_embeddings, config.rope_parameters[kind]
-            )
+            kind: RotaryEmbedding(dim, config.max_position_embeddings, config.rope_parameters[kind])
             for kind, dim in dims.items()
             if kind in config.layer_types
         }
@@ -254,7 +118,7 @@ class ZebraModel(ZebraPreTrainedModel):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def new_cache(
         self, max_batch: int, max_length: int, num_pages: int | None = None, growable: bool = False
@@ -358,7 +222,7 @@ class ZebraModel(ZebraPreTrainedModel):
             states.append(hidden)
         return ZebraOutput(
             last_hidden_state=hidden,
-            past_key_values=cache,
+            past_key_values=cast(Any, cache),  # not a subclass of transformers' Cache
             hidden_states=tuple(states) if output_hidden_states else None,
             mixer_outputs=tuple(mixed) if output_mixer_outputs else None,
         )
@@ -400,7 +264,7 @@ class ZebraModel(ZebraPreTrainedModel):
         return cache
 
 
-class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):
     """The hybrid with its output head; works with generate(), Trainer and the Auto classes."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -409,7 +273,7 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):  # type: ignore[m
         super().__init__(config)
         self.model = ZebraModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def new_cache(
         self, max_batch: int, max_length: int, num_pages: int | None = None, growable: bool = False
@@ -501,7 +365,7 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):  # type: ignore[m
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         """generate() calls this before its first forward."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
@@ -509,40 +373,8 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):  # type: ignore[m
                 f"its own HybridCache), got {generation_config.cache_implementation!r}"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            beams, returned = generation_config.num_beams, generation_config.num_return_sequences
+            copies = max(beams or 1, returned or 1)
             model_kwargs["past_key_values"] = self.new_cache(
                 batch_size * copies, max_cache_length + 1, growable=True
             )
-
-
-def next_token_loss(
-    logits: Tensor,
-    labels: Tensor,
-    attention_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    num_items: Tensor | int | None = None,
-) -> Tensor:
-    """Cross entropy of every token given the tokens before it in its own sequence, fp32, in nats.
-
-    Args:
-        logits: [B, T, V].
-        labels: [B, T] int64, -100 = ignored.
-        attention_mask: [B, T], 0 = padding: neither predicted nor predicting.
-        cu_seqlens: Bounds of packed sequences; their first tokens are not predicted.
-        num_items: Divide the sum by this instead of by the number of targets.
-    """
-    target = labels[:, 1:]
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        target = target.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
-    if cu_seqlens is not None:
-        # a boundary b > 0 names column b as a first token: target b - 1
-        first = torch.zeros(labels.size(1) + 1, dtype=torch.bool, device=labels.device)
-        first[cu_seqlens.long()] = True
-        target = target.masked_fill(first[1:-1], -100)
-    loss = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1),
-        target.flatten().to(logits.device),
-        reduction="mean" if num_items is None else "sum",
-    )
-    return loss if num_items is None else loss / num_items
