@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+
+def prompts(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, 97, (3, 8), generator=torch.Generator().manual_seed(4)).to(device)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 3, 7)):
+        mask[row, :padding] = 0
+    return ids, mask
+
+
+def greedy(model, sequence: torch.Tensor, count: int) -> list[int]:
+    """The definition of greedy decoding: the full forward pass again for every token."""
+    with torch.no_grad():
+        for _ in range(count):
+            last = model(sequence[None], use_cache=False).logits[0, -1]
+            sequence = torch.cat((sequence, last.argmax()[None]))
+    return sequence[-count:].tolist()
+
+
+OPTIONS = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("layer_types", [None, ["mamba2"] * 4, ["mla"] * 4], ids=str)
+def test_greedy_batch_with_left_padding_equals_recomputation(make_model, device, layer_types):
+    model = make_model(**({} if layer_types is None else {"layer_types": layer_types}))
+    ids, mask = prompts(device)
+    out = model.generate(ids, attention_mask=mask, **OPTIONS)
+    for row in range(3):
+        assert out[row, 8:].tolist() == greedy(model, ids[row][mask[row].bool()], 10)
+
+
+def test_generate_without_cache_gives_the_same_tokens(make_model, device) -> None:
+    model, (ids, mask) = make_model(), prompts(device)
+    cached = model.generate(ids, attention_mask=mask, **OPTIONS)
+    assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False, **OPTIONS), cached)
+
+
+def test_generate_continues_from_a_cache(make_model, device) -> None:
+    model, (ids, mask) = make_model(), prompts(device)
+    want = model.generate(ids, attention_mask=mask, **OPTIONS)
+    cache = model.new_cache(3, 32)
+    with torch.no_grad():
+        model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+    got = model.generate(ids, attention_mask=mask, past_key_values=cache, **OPTIONS)
+    assert torch.equal(got, want)
+
+
+def test_chunked_prefill_gives_the_same_tokens(make_model, device) -> None:
+    model, (ids, _) = make_model(), prompts(device)
+    want = model.generate(ids, **OPTIONS)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=3, **OPTIONS), want)
+
+
+def test_beam_search_with_cache_equals_without(make_model, device) -> None:
+    model, (ids, mask) = make_model(), prompts(device)
+    options = OPTIONS | {"num_beams": 3, "attention_mask": mask}
+    assert torch.equal(
+        model.generate(ids, **options), model.generate(ids, use_cache=False, **options)
+    )
+
+
+def test_sampling_draws_the_requested_sequences(make_model, device) -> None:
+    model, (ids, mask) = make_model(), prompts(device)
+    torch.manual_seed(0)
+    out = model.generate(
+        ids, attention_mask=mask, **(OPTIONS | {"do_sample": True, "num_return_sequences": 2})
+    )
+    assert out.shape == (6, 18)
+    assert not torch.equal(out[0], out[1])
+
+
+def test_other_cache_implementations_are_refused(make_model, device) -> None:
+    model, (ids, _) = make_model(), prompts(device)
+    with pytest.raises(ValueError, match="cache_implementation is not supported"):
+        model.generate(ids, cache_implementation="static", **OPTIONS)
+
+
+def test_assisted_generation_is_refused(make_model, device) -> None:
+    model, (ids, _) = make_model(), prompts(device)
+    with pytest.raises(NotImplementedError, match="Mamba2 state"):
+        model.generate(ids[:1], prompt_lookup_num_tokens=3, **OPTIONS)
