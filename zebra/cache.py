@@ -47,7 +47,8 @@ class StateLayer:
 
 @dataclass
 class CacheRows:
-    """Where the new tokens of one forward pass go; made by :meth:`HybridCache.extend`.
+    """Where the new tokens of one forward pass go; from :meth:`HybridCache.extend` or
+    :meth:`HybridCache.advance`.
 
     Attributes:
         slots: [B] int32, the sequence slot of every row; -1 = padding row.
@@ -56,8 +57,8 @@ class CacheRows:
         slot_mapping: int64 page * page_size + offset of every new token: [B, T], or [1, total]
             where the rows are packed; -1 = not stored.
         positions: int64, as slot_mapping: the place of every new token in its sequence.
-        prefix_lens: Tokens of every row before the new ones, on the host.
-        new_lens: New tokens of every row, on the host.
+        prefix_lens: Tokens of every row before the new ones, on the host (empty after advance).
+        new_lens: New tokens of every row, on the host (empty after advance).
     """
 
     slots: Tensor
@@ -257,9 +258,22 @@ class HybridCache:
             column = torch.arange(longest, device=self.device)
             keep = column >= longest - (lens - old_lens)[:, None]
             slot_mapping, positions = slot_mapping[keep][None], positions[keep][None]
-        return CacheRows(
-            index.int(), table, lens, slot_mapping, positions, prefix, list(new_lens)
-        )
+        return CacheRows(index.int(), table, lens, slot_mapping, positions, prefix, list(new_lens))
+
+    def advance(self, slots: Tensor) -> CacheRows:
+        """Count one more token for every row, on the device alone: safe under graph capture.
+
+        The caller has reserved the pages (:meth:`reserve`) and keeps the host's ``lengths``.
+
+        Args:
+            slots: [B] int32 on the device, no slot twice; -1 = padding row.
+        """
+        live, index = slots >= 0, slots.clamp(min=0).long()
+        self.seq_lens.index_add_(0, index, live.int())
+        lens = torch.where(live, self.seq_lens[index], 0)
+        table = self.block_table[index]
+        slot_mapping, positions = token_slots(table, lens, 1, self.page_size)
+        return CacheRows(slots, table, lens, slot_mapping, positions, [], [])
 
     def _widen_table(self, pages: int) -> None:
         wider = self.block_table.new_zeros(self.max_batch, pages)

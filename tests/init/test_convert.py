@@ -8,10 +8,11 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 TEACHERS = {
     "llama": ("llama", {}),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    "linear": ("llama", {"rope_parameters": LINEAR}),
     "biased": ("llama", {"attention_bias": True}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),

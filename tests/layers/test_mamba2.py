@@ -106,10 +106,10 @@ def test_autocast_keeps_the_state_in_fp32(device: str) -> None:
 def test_fresh_parameters_follow_the_recipe() -> None:
     layer = Mamba2Mixer(HIDDEN, 4096, 1, 1)
     dt = torch.nn.functional.softplus(layer.dt_bias)
-    assert 1e-3 * 0.99 <= dt.min() and dt.max() <= 0.1 * 1.01
+    assert dt.min() >= 1e-3 * 0.99 and dt.max() <= 0.1 * 1.01
     assert dt.log().mean().item() == pytest.approx(-4.6, abs=0.1)  # log-uniform
     A = layer.A_log.exp()
-    assert 1 <= A.min() and A.max() <= 16 and A.mean().item() == pytest.approx(8.5, abs=0.3)
+    assert A.min() >= 1 and A.max() <= 16 and A.mean().item() == pytest.approx(8.5, abs=0.3)
     assert torch.equal(layer.D, torch.ones(4096))
 
 

@@ -139,6 +139,77 @@ def test_ragged_prefill_then_ragged_chunk_then_steps(make_model, device) -> None
         assert_close(got[row, None], truth, full[:, -1:], 2 * bound, f"row {row}")
 
 
+@torch.no_grad()
+def test_prefill_and_device_steps_serve_any_slots(make_model, device) -> None:
+    """Admit, step, release and admit again, as an engine does; every row equals its own run."""
+    model = make_model()
+    rows = [tokens(n + 6, device=device) for n in (9, 3, 5)]
+    cache = model.new_cache(4, 32)
+    slots = torch.tensor([2, -1, 0], dtype=torch.int32, device=device)
+    got: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
+    first = model.prefill(torch.cat((rows[0][:9], rows[1][:3])), [9, 3], cache, [2, 0])
+    got[0].append(first[0]), got[1].append(first[1])
+    for slot, length in ((2, 15), (0, 9)):
+        cache.reserve(slot, length)
+    for t in range(6):
+        ids = torch.stack((rows[0][9 + t], rows[0][0], rows[1][3 + t]))
+        logits = model.step(ids, cache, cache.advance(slots))
+        got[0].append(logits[0]), got[1].append(logits[2])
+    assert cache.seq_lens.tolist() == [9, 0, 15, 0]
+    cache.release(2)
+    got[2].append(model.prefill(rows[2][:5], [5], cache, [2])[0])
+    for row, begin in ((0, 9), (1, 3), (2, 5)):
+        ids = rows[row][None]
+        full = model(ids, use_cache=False).logits[:, begin - 1 :][:, : len(got[row])]
+        truth = _double(model)(ids.cpu(), use_cache=False).logits[:, begin - 1 :]
+        assert_close(
+            torch.stack(got[row])[None],
+            truth[:, : len(got[row])],
+            full,
+            2 * factor("model", torch.float32),
+            f"row {row}",
+        )
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_captured_step_follows_the_lengths(make_model) -> None:
+    """One CUDA graph, replayed while sequences grow across pages."""
+    model, ids = make_model(), tokens(2, 30, device="cuda")
+    full = model(ids, use_cache=False).logits
+    cache = model.new_cache(2, 32)
+    slots = torch.arange(2, dtype=torch.int32, device="cuda")
+    fed = torch.zeros(2, dtype=torch.long, device="cuda")
+    for slot in range(2):
+        cache.reserve(slot, 32)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        model.step(fed, cache, cache.advance(slots))  # warm up, then forget
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        logits = model.step(fed, cache, cache.advance(slots))
+    cache.seq_lens.zero_()
+    for layer in cache.layers:
+        for tensor in vars(layer).values():
+            tensor.zero_()
+    for t in range(30):
+        fed.copy_(ids[:, t])
+        graph.replay()
+        torch.testing.assert_close(logits, full[:, t], rtol=1e-3, atol=1e-3)
+
+
+def test_training_forward_compiles_into_one_graph(make_model, device) -> None:
+    model, ids = make_model().train(), tokens(2, 6, device=device)
+    model(ids, labels=ids).loss.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(ids, labels=ids).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_model, device) -> None:
     model, ids = make_model().train(), tokens(2, 9, device=device)
     model(ids, labels=ids).loss.backward()
@@ -212,6 +283,9 @@ def test_contradictory_inputs_are_refused(make_model, device) -> None:
         "output_attentions": lambda: model(ids, output_attentions=True),
         "must be a HybridCache": lambda: model(ids, past_key_values=object()),
         "leave logits_to_keep at 0": lambda: model(ids, labels=ids, logits_to_keep=1),
+        r"\[sum\(new_lens\)\] = \[4\]": lambda: model.prefill(
+            ids[0], [3, 1, 0], model.new_cache(3, 8)
+        ),
         "max_position_embeddings = 256": lambda: model(ids.repeat(1, 65)),
     }.items():
         with pytest.raises(ValueError, match=text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from zebra.cache import HybridCache
+from zebra.cache import CacheRows, HybridCache
 from zebra.layers import Mamba2Mixer, RMSNorm, RotaryEmbedding
 from zebra.layers.mamba2 import HeadNormWeight
 from zebra.models.checkpoint import official_config
@@ -227,6 +228,57 @@ class ZebraModel(ZebraPreTrainedModel):
             mixer_outputs=tuple(mixed) if output_mixer_outputs else None,
         )
 
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor,
+        new_lens: Sequence[int],
+        cache: HybridCache,
+        slots: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Add tokens to sequences of a cache, whatever their lengths, whichever their slots.
+
+        Args:
+            input_ids: [total] int64, the new tokens of all sequences one after another.
+            new_lens: New tokens of every sequence, each at least 1.
+            cache: The cache (mutated).
+            slots: Slot of every sequence; None means sequence i is slot i.
+
+        Returns:
+            [n_seq, hidden_size], the final state of every sequence's last token.
+
+        Raises:
+            ValueError: If the lengths do not add up or do not fit the cache.
+        """
+        if input_ids.shape != (sum(new_lens),) or min(new_lens, default=0) < 1:
+            raise ValueError(
+                f"ZebraModel.prefill: input_ids must be [sum(new_lens)] = [{sum(new_lens)}] with "
+                f"every length at least 1, got {list(input_ids.shape)} and {list(new_lens)}"
+            )
+        rows = cache.extend(new_lens, slots, packed=True)
+        cu_seqlens = torch.tensor([0, *new_lens], device=input_ids.device).cumsum(0).int()
+        hidden = self.embed_tokens(input_ids[None])
+        for layer, store in zip(self.layers, cache.layers, strict=True):
+            hidden, _ = layer(hidden, rows.positions, cu_seqlens, rows, store)
+        return cast(Tensor, self.norm(hidden[0, cu_seqlens[1:].long() - 1]))
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, cache: HybridCache, rows: CacheRows) -> Tensor:
+        """Decode one token of every row, without host work: safe to capture in a CUDA graph.
+
+        Args:
+            input_ids: [B] int64.
+            cache: The cache (mutated).
+            rows: From ``cache.advance`` (on the device) or ``cache.extend``.
+
+        Returns:
+            [B, hidden_size], the final state of every token.
+        """
+        hidden = self.embed_tokens(input_ids[:, None])
+        for layer, store in zip(self.layers, cache.layers, strict=True):
+            hidden, _ = layer(hidden, rows.positions, None, rows, store, True)
+        return cast(Tensor, self.norm(hidden[:, 0]))
+
     def _resolve_cache(
         self,
         cache: HybridCache | None,
@@ -353,6 +405,22 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):
             mixer_outputs=out.mixer_outputs,
         )
         return output.to_tuple() if return_dict is False else output
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor,
+        new_lens: Sequence[int],
+        cache: HybridCache,
+        slots: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return the next-token logits [n_seq, vocab_size] after ``ZebraModel.prefill``."""
+        return cast(Tensor, self.lm_head(self.model.prefill(input_ids, new_lens, cache, slots)))
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, cache: HybridCache, rows: CacheRows) -> Tensor:
+        """Return the next-token logits [B, vocab_size] after ``ZebraModel.step``."""
+        return cast(Tensor, self.lm_head(self.model.step(input_ids, cache, rows)))
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
