@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from zebra.init import gqa_to_mla, rank_for_energy
-from zebra.init.svd import head_rows
+from zebra.init.svd import head_rows, share_rope_key
 from zebra.layers import MultiheadLatentAttention, RotaryEmbedding
 
 HIDDEN, HEADS, GROUPS, D, NOPE, E = 96, 4, 2, 24, 12, 12
@@ -30,6 +30,8 @@ def test_full_rank_is_exact_on_queries_nope_keys_and_values(rope_aware: bool) ->
     heads = (x @ q.T).unflatten(-1, (HEADS, D))
     want = torch.cat((heads[..., nope], heads[..., rope]), dim=-1).flatten(1)
     queries = x @ got["q_a_proj.weight"].T @ got["q_b_proj.weight"].T
+    if rope_aware:  # the rope queries carry the KV heads' factors: see the test of the scores
+        queries, want = (t.unflatten(-1, (HEADS, D))[..., :NOPE] for t in (queries, want))
     torch.testing.assert_close(queries, want, rtol=1e-10, atol=1e-10)
 
     latent, k_rope = (x @ got["kv_a_proj_with_mqa.weight"].T).split([2 * GROUPS * D, E], dim=-1)
@@ -39,7 +41,8 @@ def test_full_rank_is_exact_on_queries_nope_keys_and_values(rope_aware: bool) ->
     keys = (x @ k.T).unflatten(-1, (GROUPS, D))
     torch.testing.assert_close(key, keys[..., nope], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(value.flatten(1), x @ v.T, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(k_rope, keys[..., rope].mean(1), rtol=1e-10, atol=1e-10)
+    if not rope_aware:
+        torch.testing.assert_close(k_rope, keys[..., rope].mean(1), rtol=1e-10, atol=1e-10)
     assert torch.equal(got["out_proj.weight"], o)
 
 
@@ -101,6 +104,49 @@ def test_rope_aware_start_keeps_rotated_scores_that_the_paper_start_loses() -> N
         layer.load_state_dict(weights)
         errors[aware] = (layer(x)[0] - want).abs().max().item()
     assert errors[True] < 1e-6 < 1e-2 < errors[False]
+
+
+def rope_scores(q: torch.Tensor, k: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """q [.., E] . R(angle) k [.., E] over adjacent pairs."""
+    q, k = (torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) for t in (q, k))
+    return (q.conj() * k * torch.polar(torch.ones_like(angle), angle)).real.sum(-1)
+
+
+def test_shared_rope_key_fits_scores_better_than_the_average() -> None:
+    q, k, _, _ = projections()
+    _, rope = head_rows(D, NOPE, E, rope_aware=True)
+    moved, shared = share_rope_key(q, k, rope, HEADS, GROUPS)
+    x, y = torch.randn(2, 500, HIDDEN, dtype=torch.float64)
+    angle = torch.rand(500, 1, E // 2, dtype=torch.float64) * 6
+    rows = lambda w, t, n: (t @ w.T).unflatten(-1, (n, D))[..., rope]  # noqa: E731
+    query, key = rows(q, x, HEADS), rows(k, y, GROUPS)
+    want = rope_scores(query, key.repeat_interleave(HEADS // GROUPS, 1), angle)
+    average = rope_scores(query, key.mean(1, keepdim=True).expand_as(query), angle)
+    one = (y @ shared.T)[:, None].expand_as(query)
+    fitted = rope_scores(rows(moved, x, HEADS), one, angle)
+    assert (fitted - want).norm() < 0.95 * (average - want).norm()
+
+
+def test_shared_rope_key_is_exact_where_heads_differ_by_a_turn() -> None:
+    q, _, _, _ = projections()
+    _, rope = head_rows(D, NOPE, E, rope_aware=True)
+    first = torch.randn(E // 2, HIDDEN, dtype=torch.complex128)
+    second = first * torch.polar(
+        torch.rand(E // 2, 1).double() + 0.5, torch.rand(E // 2, 1).double()
+    )
+    k = torch.zeros(GROUPS, D, HIDDEN, dtype=torch.float64)
+    k[:, rope] = torch.view_as_real(torch.stack((first, second))).movedim(-1, 2).flatten(1, 2)
+    moved, shared = share_rope_key(q, k.flatten(0, 1), rope, HEADS, GROUPS)
+    x, y = torch.randn(2, 50, HIDDEN, dtype=torch.float64)
+    angle = torch.rand(50, 1, E // 2, dtype=torch.float64) * 6
+    query = (x @ q.T).unflatten(-1, (HEADS, D))[..., rope]
+    key = torch.einsum("th,gdh->tgd", y, k)[..., rope].repeat_interleave(HEADS // GROUPS, 1)
+    got = rope_scores(
+        (x @ moved.T).unflatten(-1, (HEADS, D))[..., rope],
+        (y @ shared.T)[:, None].expand_as(query),
+        angle,
+    )
+    torch.testing.assert_close(got, rope_scores(query, key, angle), rtol=1e-9, atol=1e-9)
 
 
 def test_no_query_rank_keeps_queries_exact() -> None:

@@ -29,7 +29,10 @@ def gqa_to_mla(
     Rows kept per head: the first qk_nope_head_dim are the nope part, the last qk_rope_head_dim the
     rope part.  With ``rope_aware`` the rope part is made of whole pairs of the teacher's rotation,
     (i, i + d/2) for every (d / qk_rope_head_dim)-th i, laid out as adjacent pairs, so that each
-    keeps its frequency; the nope part is what remains.
+    keeps its frequency; the nope part is what remains.  And the shared rope key is not the average:
+    a pair of rows is one complex row k_g, rotation multiplies it by e^(i w t), and complex factors
+    a_g commute with that; so k_g ~ a_g k with the best such k (an SVD over the KV heads), and the
+    queries of group g are multiplied by conj(a_g).  With one KV head nothing is lost.
 
     Args:
         q: [num_heads * d, hidden] query projection.
@@ -63,6 +66,10 @@ def gqa_to_mla(
     rows = torch.cat((nope_rows, rope_rows)).to(q.device)
     nope_rows, rope_rows = nope_rows.to(q.device), rope_rows.to(q.device)
     weights: dict[str, Tensor] = {}
+    if rope_aware:
+        q, k_rope = share_rope_key(q, k, rope_rows, num_heads, num_kv_heads)
+    else:
+        k_rope = _wide(k).unflatten(0, (num_kv_heads, head_dim)).mean(0)[rope_rows]
     if q_lora_rank is None:
         weights["q_proj.weight"] = q.unflatten(0, (num_heads, head_dim))[:, rows].flatten(0, 1)
     else:
@@ -72,10 +79,37 @@ def gqa_to_mla(
     up, latent = _factor(torch.cat((k, v)), kv_lora_rank, "kv_lora_rank")
     k_up, v_up = up.unflatten(0, (2, num_kv_heads, head_dim)).unbind(0)
     weights["kv_b_proj.weight"] = torch.cat((k_up[:, nope_rows], v_up), dim=1).flatten(0, 1)
-    k_rope = _wide(k).unflatten(0, (num_kv_heads, head_dim)).mean(0)[rope_rows]
     weights["kv_a_proj_with_mqa.weight"] = torch.cat((latent, k_rope))
     weights["out_proj.weight"] = o
-    return {name: w.to(q.dtype).contiguous() for name, w in weights.items()}
+    return {name: w.to(v.dtype).contiguous() for name, w in weights.items()}
+
+
+def share_rope_key(
+    q: Tensor, k: Tensor, rope_rows: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Fit one rope key for all KV heads, k_g ~ a_g k per rotated pair, and move a_g to the queries.
+
+    Args:
+        q: [num_heads * d, hidden].
+        k: [num_kv_heads * d, hidden].
+        rope_rows: [E] rows of a head, adjacent ones forming the pairs.
+        num_heads: Query heads.
+        num_kv_heads: KV heads.
+
+    Returns:
+        The queries with their rope rows multiplied by conj(a_g), and the shared key [E, hidden].
+    """
+    queries = _wide(q).unflatten(0, (num_heads, -1)).clone()
+    pairs = _wide(k).unflatten(0, (num_kv_heads, -1))[:, rope_rows]  # [G, E, hidden]
+    pairs = torch.complex(pairs[:, 0::2], pairs[:, 1::2]).transpose(0, 1)  # [E/2, G, hidden]
+    u, s, vh = torch.linalg.svd(pairs, full_matrices=False)
+    size = num_kv_heads**0.5  # a_g of modulus near 1
+    factor = (u[..., 0] * size).conj().T.repeat_interleave(num_heads // num_kv_heads, 0)
+    shared = torch.view_as_real(vh[:, 0] * s[:, :1] / size)  # [E/2, hidden, 2]
+    turned = queries[:, rope_rows]
+    turned = torch.complex(turned[:, 0::2], turned[:, 1::2]) * factor[..., None]
+    queries[:, rope_rows] = torch.view_as_real(turned).movedim(-1, 2).flatten(1, 2)
+    return queries.flatten(0, 1), shared.movedim(-1, 1).flatten(0, 1)
 
 
 def head_rows(
