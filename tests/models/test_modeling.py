@@ -48,7 +48,7 @@ def test_prefill_and_steps_equal_full_forward_at_every_split(make_model, device,
 def test_chunked_prefill_equals_one_shot(make_model, device, kind) -> None:
     model, ids = make_model(layer_types=KINDS[kind]), tokens(2, 45, device=device)
     full = model(ids, use_cache=False).logits
-    for bounds in ((0, 2, 20, 45), (0, 1, 2, 45)):
+    for bounds in ((0, 2, 20, 45), (0, 1, 2, 45), (0, 5, 12, 45)):
         cache = model.new_cache(2, 45)
         parts = [
             model(ids[:, a:b], past_key_values=cache).logits for a, b in itertools.pairwise(bounds)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zebra.cache import CacheRows, PagedLayer, StateLayer
 from zebra.layers import (
+    MAX_STEP_TOKENS,
     MLP,
     Attention,
     Mamba2Mixer,
@@ -111,7 +112,9 @@ class ZebraDecoderLayer(nn.Module):
         mixer = self.mla if self.kind == "mla" else self.self_attn
         if rows is None or store is None:
             return mixer(x, positions, cu_seqlens)
-        if decode:
+        # a few tokens after a prefix: one batched step instead of a gather per sequence
+        few = cu_seqlens is None and x.size(1) <= MAX_STEP_TOKENS and any(rows.prefix_lens)
+        if decode or few:
             assert positions is not None
             return mixer.step(
                 x, positions, store.pages, rows.slot_mapping, rows.block_table, rows.seq_lens
