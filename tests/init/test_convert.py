@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -127,6 +129,16 @@ def test_what_cannot_be_converted_is_refused(make_teacher, family, options, layo
     teacher = make_teacher(family, **options)
     with pytest.raises(ValueError, match=text):
         convert(teacher, layout)
+
+
+def test_yarn_magnitude_is_taken_out_of_the_rope_key(make_teacher) -> None:
+    """The same weights under a scaled and an unscaled RoPE: one key is m^2 times the other."""
+    keys = []
+    for rope in (None, LLAMA3):
+        hybrid = convert(make_teacher(rope_parameters=rope), ["mla"] * 3)
+        keys.append(hybrid.model.layers[0].mla.kv_a_proj_with_mqa.weight[-32:])
+    m = 0.1 * math.log(LLAMA3["factor"]) + 1
+    torch.testing.assert_close(keys[1] * m**2, keys[0])
 
 
 def test_shares_spread_layers_evenly() -> None:

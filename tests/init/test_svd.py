@@ -77,8 +77,11 @@ def test_rope_aware_start_keeps_rotated_scores_that_the_paper_start_loses() -> N
     torch.manual_seed(0)
     q, k, v, o = (torch.randn(64, 64, dtype=torch.float64) / 8 for _ in range(4))
     x = torch.randn(1, 9, 64, dtype=torch.float64)
-    rotary = RotaryEmbedding(32, 16)
-    cos, sin = (t[:9].double() for t in rotary.tables(x.device))
+    # the student's tables carry a magnitude that the teacher's do not
+    plain = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 1.0}
+    plain |= {"original_max_position_embeddings": 16, "attention_factor": 1.25}
+    rotary = RotaryEmbedding(32, 16, plain)
+    cos, sin = (t[:9].double() / 1.25 for t in rotary.tables(x.device))
 
     def rotate(t: torch.Tensor) -> torch.Tensor:
         a, b = t.chunk(2, dim=-1)
@@ -94,6 +97,7 @@ def test_rope_aware_start_keeps_rotated_scores_that_the_paper_start_loses() -> N
         weights = gqa_to_mla(
             q, k[:32], v[:32], o, num_heads=2, num_kv_heads=1, q_lora_rank=None,
             kv_lora_rank=64, qk_nope_head_dim=0, qk_rope_head_dim=32, rope_aware=aware,
+            rope_gain=1.25**2,
         )  # fmt: skip
         layer = layer.double()
         # the layer wants a nope channel: give it one that is zero

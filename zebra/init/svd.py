@@ -19,6 +19,7 @@ def gqa_to_mla(
     qk_nope_head_dim: int,
     qk_rope_head_dim: int,
     rope_aware: bool = False,
+    rope_gain: float = 1.0,
 ) -> dict[str, Tensor]:
     """Initialise an MLA mixer from attention weights (Zebra-Llama, algorithm 1).
 
@@ -45,7 +46,10 @@ def gqa_to_mla(
         kv_lora_rank: Latent width.
         qk_nope_head_dim: Nope rows per head.
         qk_rope_head_dim: Rope rows per head; with qk_nope_head_dim at most d.
-        rope_aware: Choose the rope rows by frequency.
+        rope_aware: Choose the rope rows by frequency and fit the shared key; False is the paper's
+            form.
+        rope_gain: With rope_aware, what the student's rotation multiplies rope scores by (the
+            square of YaRN's magnitude over the teacher's); the shared key is divided by it.
 
     Returns:
         The state dict of a ``MultiheadLatentAttention`` without latent norms.
@@ -68,6 +72,7 @@ def gqa_to_mla(
     weights: dict[str, Tensor] = {}
     if rope_aware:
         q, k_rope = share_rope_key(q, k, rope_rows, num_heads, num_kv_heads)
+        k_rope = k_rope / rope_gain
     else:
         k_rope = _wide(k).unflatten(0, (num_kv_heads, head_dim)).mean(0)[rope_rows]
     if q_lora_rank is None:
