@@ -71,6 +71,21 @@ def test_sampling_draws_the_requested_sequences(make_model, device) -> None:
     assert not torch.equal(out[0], out[1])
 
 
+def test_generate_under_autocast_stores_its_dtype(make_model, device) -> None:
+    model, (ids, mask) = make_model(), prompts(device)
+    with torch.autocast(device, torch.bfloat16):
+        out = model.generate(
+            ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **OPTIONS
+        )
+    stored = {layer.pages.dtype for layer in out.past_key_values.layers if hasattr(layer, "pages")}
+    assert stored == {torch.bfloat16}
+    sequence = out.sequences[1, 3:-1]  # the logits must be those of what was generated
+    with torch.no_grad():
+        full = model(sequence[None], use_cache=False).logits[0, -10:]
+    got = torch.stack([step[1] for step in out.logits]).float()
+    assert (got - full).norm() < 0.1 * full.norm()
+
+
 def test_other_cache_implementations_are_refused(make_model, device) -> None:
     model, (ids, _) = make_model(), prompts(device)
     with pytest.raises(ValueError, match="cache_implementation is not supported"):

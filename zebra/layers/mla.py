@@ -169,13 +169,14 @@ class MultiheadLatentAttention(nn.Module):
             [B, T, hidden_size].
         """
         q, _ = self._project(hidden, positions, cache, slot_mapping)
+        q, kv_b_weight = autocast(q, self.kv_b_proj.weight)
         o, _ = ops.mla_decode(
             q,
             cache,
             block_table,
             seq_lens,
             self.softmax_scale,
-            kv_b_weight=self.kv_b_proj.weight,
+            kv_b_weight=kv_b_weight,
             num_kv_heads=self.num_kv_heads,
             kv_lora_rank=self.kv_lora_rank,
         )

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zebra.cache import CacheRows, HybridCache
 from zebra.layers import Mamba2Mixer, RMSNorm, RotaryEmbedding
+from zebra.layers.dtypes import autocast
 from zebra.layers.mamba2 import HeadNormWeight
 from zebra.models.checkpoint import official_config
 from zebra.models.configuration_zebra import ZebraConfig
@@ -132,15 +133,17 @@ class ZebraModel(ZebraPreTrainedModel):
             num_pages: See :class:`HybridCache`.
             growable: See :class:`HybridCache`.
         """
+        weight = self.embed_tokens.weight
+        (activation,) = autocast(weight[:0])  # under autocast the layers store its dtype
         return HybridCache(
             self.config.cache_specs(),
             max_batch,
             max_length,
             num_pages,
             self.config.cache_page_size,
-            self.embed_tokens.weight.dtype,
+            activation.dtype,
             getattr(torch, self.config.ssm_state_dtype),
-            self.embed_tokens.weight.device,
+            weight.device,
             growable,
         )
 
