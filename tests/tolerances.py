@@ -15,6 +15,11 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     # eager differentiates the unrounded one.  Two equal roundings instead of one: sqrt(2).
     ("rms_norm.gradient", torch.bfloat16): 1.5,
     ("rms_norm.gradient", torch.float16): 1.5,
+    # A whole model decoding against its own full forward pass: the roundings of four layers, made
+    # in another order, each amplified by the layers after it; eager's own error is one such draw.
+    ("model", torch.float32): 8.0,
+    ("model", torch.bfloat16): 2.0,
+    ("model", torch.float16): 2.0,
 }
 
 
