@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "causal_conv1d/causal_conv1d_config.h"
 #include "rms_norm/rms_norm_config.h"
 
 namespace py = pybind11;
@@ -27,6 +28,19 @@ py::dict rms_norm_config(std::int64_t dim, int element_bytes, bool aligned) {
                   py::arg("vecs_per_thread") = c.vecs_per_thread);
 }
 
+py::dict causal_conv1d_config(std::int64_t batch, std::int64_t tokens, std::int64_t channels,
+                              int element_bytes, bool aligned, bool backward) {
+  const zebra::CausalConv1dConfig c =
+      backward
+          ? zebra::select_causal_conv1d_backward_config(batch, tokens, channels, element_bytes,
+                                                        aligned)
+          : zebra::select_causal_conv1d_config(batch, tokens, channels, element_bytes, aligned);
+  return py::dict(py::arg("threads") = c.threads, py::arg("vec") = c.vec,
+                  py::arg("channel_blocks") = c.channel_blocks, py::arg("tile") = c.tile,
+                  py::arg("tiles") = c.tiles, py::arg("items") = c.items,
+                  py::arg("partials") = c.partials);
+}
+
 // select_config("rms_norm", dim=4096, ...): the tile that a launcher would choose, as a dict.
 py::dict select_config(const std::string& op, const py::kwargs& problem) {
   const py::module_ self = py::module_::import("zebra._C");
@@ -44,4 +58,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_config", &select_config);
   m.def("_rms_norm_config", &rms_norm_config, py::arg("dim"), py::arg("element_bytes") = 2,
         py::arg("aligned") = true);
+  m.def("_causal_conv1d_config", &causal_conv1d_config, py::arg("batch"), py::arg("tokens"),
+        py::arg("channels"), py::arg("element_bytes") = 2, py::arg("aligned") = true,
+        py::arg("backward") = false);
 }
