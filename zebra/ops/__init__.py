@@ -26,5 +26,6 @@ _extension.load()
 
 from zebra.ops._register import support_matrix  # noqa: E402
 from zebra.ops.norm import rms_norm  # noqa: E402
+from zebra.ops.step import mamba2_step  # noqa: E402
 
-__all__ = ["rms_norm", "support_matrix"]
+__all__ = ["mamba2_step", "rms_norm", "support_matrix"]
