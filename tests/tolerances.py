@@ -15,6 +15,10 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     # eager differentiates the unrounded one.  Two equal roundings instead of one: sqrt(2).
     ("rms_norm.gradient", torch.bfloat16): 1.5,
     ("rms_norm.gradient", torch.float16): 1.5,
+    # ATen's matrix product: the normalised input, each product (both of swiglu, whose product adds
+    # their errors) and the sum with the residual are rounded too, where eager rounds once.
+    ("linear_decode.matmul", torch.bfloat16): 3.0,
+    ("linear_decode.matmul", torch.float16): 3.0,
 }
 
 
