@@ -33,8 +33,9 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
       linear_decode_norm_cpu({p, h.data_ptr(), nullptr});
     }
     Tensor w = weight;
-    const Tensor products =
-        torch::stable::contiguous(torch::stable::matmul(h, torch::stable::transpose(w, 0, 1)));
+    const Tensor products = torch::stable::contiguous(
+        torch::stable::to(torch::stable::matmul(h, torch::stable::transpose(w, 0, 1)),
+                          h.scalar_type()));  // autocast may have chosen another dtype
     linear_decode_epilogue_cpu({p, nullptr, products.data_ptr()});
     return Status{};
   };

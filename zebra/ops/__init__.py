@@ -25,8 +25,9 @@ from zebra import _extension
 _extension.load()
 
 from zebra.ops._register import support_matrix  # noqa: E402
+from zebra.ops.kl import fused_kl_div  # noqa: E402
 from zebra.ops.linear import linear_decode  # noqa: E402
 from zebra.ops.norm import rms_norm  # noqa: E402
 from zebra.ops.step import mamba2_step  # noqa: E402
 
-__all__ = ["linear_decode", "mamba2_step", "rms_norm", "support_matrix"]
+__all__ = ["fused_kl_div", "linear_decode", "mamba2_step", "rms_norm", "support_matrix"]
