@@ -26,6 +26,17 @@ _extension.load()
 
 from zebra.ops._register import support_matrix  # noqa: E402
 from zebra.ops.conv import causal_conv1d, causal_conv1d_step  # noqa: E402
+from zebra.ops.kl import fused_kl_div  # noqa: E402
+from zebra.ops.linear import linear_decode  # noqa: E402
 from zebra.ops.norm import rms_norm  # noqa: E402
+from zebra.ops.step import mamba2_step  # noqa: E402
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "rms_norm", "support_matrix"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "fused_kl_div",
+    "linear_decode",
+    "mamba2_step",
+    "rms_norm",
+    "support_matrix",
+]

@@ -1,0 +1,38 @@
+// linear_decode: y = act(W norm(x) + b) + residual for few rows of x, where reading W is the cost.
+// The contract between registrations and kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu/isa.h"
+#include "common/dtype.h"
+
+namespace zebra {
+
+struct LinearDecodeParams {
+  const void* x;            // [rows, K], row stride x_stride
+  const void* weight;       // [outputs, K], row stride weight_stride; swiglu: [2 outputs, K]
+  const void* norm_weight;  // [K] of norm_weight_dtype, or nullptr: no norm
+  const void* bias;         // [outputs] ([2 outputs]) or nullptr
+  const void* residual;     // [rows, outputs], row stride residual_stride, or nullptr
+  void* y;                  // [rows, outputs] contiguous
+  std::int64_t rows, outputs, K;
+  std::int64_t x_stride, weight_stride, residual_stride;
+  DType dtype, norm_weight_dtype;
+  bool swiglu;  // y = silu(gate) up: the first and the last `outputs` rows of W and of b
+  double norm_eps;
+};
+
+// The two ends of the same operator around a matrix product that is done elsewhere: norm(x) into
+// h [rows, K], and bias, activation and residual from the products [rows, outputs (2 outputs)].
+struct LinearDecodeEnds {
+  LinearDecodeParams p;
+  void* h;
+  const void* products;
+};
+
+}  // namespace zebra
+
+ZEBRA_CPU_KERNEL(linear_decode, ::zebra::LinearDecodeParams)
+ZEBRA_CPU_KERNEL(linear_decode_norm, ::zebra::LinearDecodeEnds)
+ZEBRA_CPU_KERNEL(linear_decode_epilogue, ::zebra::LinearDecodeEnds)

@@ -1,0 +1,75 @@
+// linear_decode: argument checks and output allocation, the same for every device.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/torch_check.h"
+#include "linear_decode/linear_decode.h"
+
+namespace zebra {
+
+// `launch(params, y)` fills y [rows, outputs] of a non-empty call.
+template <typename Launch>
+Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTensor& norm_weight,
+                           const OptTensor& bias, const OptTensor& residual,
+                           const std::string& activation, double norm_eps, Launch launch) {
+  const Check check("linear_decode");
+  check.that(activation == "none" || activation == "swiglu", "activation", "'" + activation + "'",
+             "'none' or 'swiglu'");
+  const bool swiglu = activation == "swiglu";
+  const DType dtype = check.floating("x", x);
+  check.that(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x", describe(x), "[..., K] with K > 0");
+  const int64_t K = x.size(x.dim() - 1), rows = x.numel() / K;
+  check.like("weight", weight, x, "x");
+  check.shape("weight", weight, {-1, K}, swiglu ? "[2 N, K]" : "[N, K]");
+  check.last_dim_contiguous("weight", weight);
+  check.that(!swiglu || weight.size(0) % 2 == 0, "weight", describe(weight),
+             "[2 N, K]: N gate rows, then N up rows");
+  const int64_t outputs = swiglu ? weight.size(0) / 2 : weight.size(0);
+
+  DType norm_dtype = dtype;
+  if (norm_weight) {
+    check.shape("norm_weight", *norm_weight, {K}, "[K]");
+    check.that(
+        norm_weight->scalar_type() == x.scalar_type() || norm_weight->scalar_type() == acc_dtype(x),
+        "norm_weight", describe(*norm_weight), dtype_name(x.scalar_type()), " like x, or ",
+        dtype_name(acc_dtype(x)));
+    check.same_device("norm_weight", *norm_weight, x);
+    check.contiguous("norm_weight", *norm_weight);
+    norm_dtype = check.floating("norm_weight", *norm_weight);
+  }
+  if (bias) {
+    check.like("bias", *bias, x, "x");
+    check.shape("bias", *bias, {weight.size(0)}, swiglu ? "[2 N]" : "[N]");
+    check.contiguous("bias", *bias);
+  }
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d));
+  shape.push_back(outputs);
+  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor r = x;
+  if (residual) {
+    check.like("residual", *residual, x, "x");
+    bool same = residual->dim() == y.dim();
+    for (int64_t d = 0; same && d < y.dim(); ++d) same = residual->size(d) == y.size(d);
+    check.that(same, "residual", describe(*residual), "shaped like the result, ", describe(y));
+    r = torch::stable::view(torch::stable::contiguous(*residual), {rows, outputs});
+  }
+  if (rows == 0 || outputs == 0) return y;
+
+  // One stride between the rows of x, a copy only where the strides do not allow it.
+  bool one_stride = K == 1 || x.stride(x.dim() - 1) == 1;
+  for (int64_t d = 0; d + 2 < x.dim(); ++d)
+    one_stride = one_stride && (x.size(d) <= 1 || x.stride(d) == x.stride(d + 1) * x.size(d + 1));
+  const Tensor in = torch::stable::view(one_stride ? x : torch::stable::contiguous(x), {rows, K});
+  check.status(launch(
+      LinearDecodeParams{
+          in.data_ptr(), weight.data_ptr(), norm_weight ? norm_weight->data_ptr() : nullptr,
+          bias ? bias->data_ptr() : nullptr, residual ? r.data_ptr() : nullptr, y.data_ptr(), rows,
+          outputs, K, in.stride(0), weight.stride(0), outputs, dtype, norm_dtype, swiglu, norm_eps},
+      in));
+  return y;
+}
+
+}  // namespace zebra

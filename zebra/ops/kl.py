@@ -1,0 +1,185 @@
+"""Kullback-Leibler divergence of two language models from their last hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zebra.ops._register import autograd, composite, fake
+
+_COMPOSITE_LOGIT_BYTES = 512 << 20  # fp32 logits of both models that the composite holds at once
+
+
+def fused_kl_div(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL(teacher || student) of every token, without ever holding the logits of all tokens.
+
+    Equation:
+        log p_S = log_softmax(student_hidden student_weight^T / temperature), p_T alike
+        kl = sum_v p_T (log p_T - log p_S)                      (Hinton et al. 2015)
+
+    Args:
+        student_hidden: [M, Ds] float32, bfloat16 or float16 (float64 on the CPU).
+        student_weight: [V, Ds], the student's output embedding.
+        teacher_hidden: [M, Dt]; the width may differ from the student's, and the dtype too (but all
+            four are float64, or none is).
+        teacher_weight: [V, Dt].
+        temperature: positive; the loss of Hinton et al. multiplies kl by temperature^2.
+
+    Returns:
+        kl [M] float32 (float64 for float64), in nats.  Gradients flow to the student only.
+
+    Raises:
+        RuntimeError: on a wrong shape, dtype, device or temperature.
+
+    Numerics:
+        Logits, softmax and sums in fp32 (fp64 for fp64), also from 16-bit inputs: logits are never
+        rounded to 16 bits.  Each term of the sum is p_T (exp(d) - 1 - d), d = log p_S - log p_T, so
+        that small divergences keep their digits and none is negative.  Memory: at most 256 MiB of
+        logits on the CPU, 512 MiB on CUDA (more only where 16 tokens exceed it), and in the
+        backward pass student_weight's gradient in fp32.  Deterministic.  On CUDA the gradient of
+        16-bit logits is rounded to 16 bits before its matrix products.
+    """
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        return torch.ops.zebra.fused_kl_div(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, temperature
+        )[0]
+
+
+def _acc(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+@fake("fused_kl_div")
+def _fused_kl_div_fake(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kl = student_hidden.new_empty(student_hidden.size(0), dtype=_acc(student_hidden))
+    lse = student_hidden.new_empty(student_hidden.size(0), dtype=torch.float64)
+    return kl, lse, torch.empty_like(lse)
+
+
+@fake("fused_kl_div_backward")
+def _fused_kl_div_backward_fake(
+    dkl: Tensor,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    return (
+        student_hidden.new_empty(student_hidden.shape),
+        student_weight.new_empty(student_weight.shape),
+    )
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """A product in fp32 (fp64): 16-bit factors of one dtype run on the GPU's matrix units."""
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.to(_acc(a)), b.to(_acc(b)))
+
+
+def _softmax_parts(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log_softmax of the logits [m, V], their log-sum-exp [m] in fp64)."""
+    logits = _mm(hidden, weight.t()) / temperature
+    top = logits.amax(-1, keepdim=True)
+    log_sum = (logits - top).exp().sum(-1, keepdim=True).log()
+    return (logits - top) - log_sum, (top.double() + log_sum.double())[:, 0]
+
+
+@composite("fused_kl_div")
+def _fused_kl_div_composite(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks of tokens, each with its whole rows of logits."""
+    M, acc = student_hidden.size(0), _acc(student_hidden)
+    kl = student_hidden.new_empty(M, dtype=acc)
+    lse_s = student_hidden.new_empty(M, dtype=torch.float64)
+    lse_t = torch.empty_like(lse_s)
+    rows = max(16, _COMPOSITE_LOGIT_BYTES // (2 * acc.itemsize * student_weight.size(0)))
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        for first in range(0, M, rows):
+            at = slice(first, first + rows)
+            log_s, lse_s[at] = _softmax_parts(student_hidden[at], student_weight, temperature)
+            log_t, lse_t[at] = _softmax_parts(teacher_hidden[at], teacher_weight, temperature)
+            p_t, d = log_t.exp(), log_s - log_t
+            near = p_t * (torch.expm1(d.clamp(-1, 1)) - d)
+            kl[at] = torch.where(d.abs() < 0.5, near, log_s.exp() - p_t - p_t * d).sum(-1)
+    return kl, lse_s, lse_t
+
+
+@composite("fused_kl_div_backward")
+def _fused_kl_div_backward_composite(
+    dkl: Tensor,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Panels of the vocabulary, each for all tokens: a weight gradient is one product."""
+    (M, width), V, acc = student_hidden.shape, student_weight.size(0), _acc(student_hidden)
+    dhidden = student_hidden.new_zeros(M, width, dtype=acc)
+    dweight = torch.empty_like(student_weight, memory_format=torch.contiguous_format)
+    if M == 0:
+        return dhidden.to(student_hidden.dtype), dweight.zero_()
+    panel = max(256, _COMPOSITE_LOGIT_BYTES // (2 * acc.itemsize * M) // 256 * 256)
+    # The largest row gradient is taken out, so that float16 does not underflow.
+    scale = dkl.abs().amax().clamp_min(torch.finfo(acc).tiny)
+    row = (dkl / scale)[:, None]
+
+    def probabilities(hidden: Tensor, weight: Tensor, lse: Tensor) -> Tensor:
+        high = lse.to(acc)  # in two parts, so that logits of 1e4 keep their distance from it
+        low = (lse - high).to(acc)
+        return ((_mm(hidden, weight.t()) / temperature - high[:, None]) - low[:, None]).exp()
+
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        for first in range(0, V, panel):
+            at = slice(first, first + panel)
+            p_s = probabilities(student_hidden, student_weight[at], student_lse)
+            p_t = probabilities(teacher_hidden, teacher_weight[at], teacher_lse)
+            dlogits = ((p_s - p_t) * row).to(student_hidden.dtype)
+            dhidden += _mm(dlogits.to(student_weight.dtype), student_weight[at])
+            dweight[at] = _mm(dlogits.t(), student_hidden) * (scale / temperature)
+    return (dhidden * (scale / temperature)).to(student_hidden.dtype), dweight
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.temperature = inputs
+    _, student_lse, teacher_lse = output
+    ctx.mark_non_differentiable(student_lse, teacher_lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, student_lse, teacher_lse)
+
+
+def _backward(ctx: Any, dkl: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dkl is None:
+        return None, None, None, None, None
+    dhidden, dweight = torch.ops.zebra.fused_kl_div_backward(
+        dkl, *ctx.saved_tensors, ctx.temperature
+    )
+    return dhidden, dweight, None, None, None
+
+
+autograd("fused_kl_div", _backward, _setup)

@@ -1,0 +1,92 @@
+"""A linear layer for few rows, with the norm before it and what follows it fused in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zebra.ops import reference
+from zebra.ops._register import composite, fake
+
+
+def linear_decode(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """A linear layer of the decode path: input RMSNorm, product, bias, activation, residual.
+
+    Equation:
+        h = norm_weight * x / sqrt(mean(x^2) + norm_eps), or x without norm_weight
+        y = act(W h + b) + residual;  "swiglu": y = silu(W_gate h + b_gate) * (W_up h + b_up)
+            + residual                                          (Shazeer 2020, eq. 6)
+
+    Args:
+        x: [..., K] float32, bfloat16 or float16 (float64 on the CPU); meant for at most 128 rows,
+            any number works.
+        weight: [N, K] like x; for "swiglu" [2 N, K], the gate rows before the up rows.  Rows may
+            lie further apart than K.
+        norm_weight: [K] of x's dtype or float32, or None for no norm.
+        bias: [N] ([2 N] for "swiglu") like x, or None.
+        residual: [..., N] like x, or None.
+        activation: "none" or "swiglu".
+        norm_eps: added to the mean square.
+
+    Returns:
+        y [..., N] of x's dtype.  Inference only: the result carries no gradient history, also where
+        an argument requires grad.
+
+    Raises:
+        RuntimeError: on a wrong shape, dtype, device or activation.
+
+    Numerics:
+        On the CPU up to 4 rows of bfloat16, 8 of float16 or 16 of other dtypes, everything is in
+        fp32 (fp64 for fp64) with one rounding of y, and a row of y does not depend on the other
+        rows.  With more rows, and on CUDA, the matrix product is ATen's: h and the products are
+        rounded to x's dtype.  Deterministic.
+    """
+    with torch.no_grad():
+        return torch.ops.zebra.linear_decode(
+            x, weight, norm_weight, bias, residual, activation, norm_eps
+        )
+
+
+@fake("linear_decode")
+def _linear_decode_fake(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    outputs = weight.size(0) // 2 if activation == "swiglu" else weight.size(0)
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+@composite("linear_decode")
+def _linear_decode_composite(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    if activation not in ("none", "swiglu"):
+        raise RuntimeError(
+            f"zebra::linear_decode: activation must be 'none' or 'swiglu', got '{activation}'"
+        )
+    h = x if norm_weight is None else reference.rms_norm(x, norm_weight, eps=norm_eps)[0]
+    y = F.linear(h, weight, bias)
+    if activation == "swiglu":
+        gate, up = y.float().chunk(2, dim=-1)
+        y = (F.silu(gate) * up).to(x.dtype)
+    return y if residual is None else y + residual

@@ -1,0 +1,158 @@
+"""One decoding step of a Mamba2 mixer, between its input and output projections."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zebra.ops import reference
+from zebra.ops._register import composite, fake
+
+
+def mamba2_step(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor | None,
+    n_groups: int,
+    state_indices: Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """One token of a Mamba2 mixer: convolution, state update, gate and per-head norm, in one pass.
+
+    Equation:
+        [x | B | C] = silu(conv(conv_state, [x | B | C]));  d = softplus(dt + dt_bias)
+        S = exp(A d) S + d x B^T;  y = S C + D x            (Dao and Gu 2024, the recurrent form)
+        u = y * silu(z);  y = norm_weight * u / sqrt(mean_P(u^2) + norm_eps)
+
+    Args:
+        zxbcdt: [B, d_in_proj] float32, bfloat16 or float16 (float64 on the CPU); each row is
+            z (H*P) | x (G*P) | B (G*N) | C (H*N) | dt (H); the row stride may exceed d_in_proj.
+        conv_state: [slots, C, W-1] of zxbcdt's dtype, oldest token first; updated in place.
+            C = G*(P + N) + H*N channels in the order x | B | C.  Slots may lie further apart than
+            their size.
+        ssm_state: [slots, H, P, N] float32 (recommended), or zxbcdt's dtype; updated in place.
+        conv_weight: [C, W] of zxbcdt's dtype or float32, as the other parameters but A.
+        conv_bias: [C] or None.
+        dt_bias: [H], added to dt before the softplus.
+        A: [H] float32 (float64 for float64), not positive.
+        D: [H], the skip connection.
+        norm_weight: [H*P], or None for no norm.
+        n_groups: G, the KV heads of x and B; divides H.
+        state_indices: [B] int32, the slot of each row; negative for a padding row, whose y is 0 and
+            which touches no state.  Slots must be distinct.  None: row b uses slot b.
+        norm_eps: added to the mean square.
+
+    Returns:
+        y [B, H*P] of zxbcdt's dtype.  Inference only: the result carries no gradient history, also
+        where an argument requires grad (train with :func:`causal_conv1d` and :func:`ssd_scan`).
+
+    Raises:
+        RuntimeError: on a wrong shape, dtype, stride or device; on the CPU also where A is positive
+            and where state_indices repeat a slot or exceed the slots (a CUDA call does not read
+            these values on the host: torch's own bounds assertion stops the kernel).  Nothing is
+            written then.
+
+    Numerics:
+        Everything in fp32 (fp64 for fp64), with one rounding of y and one of each stored state.  A
+        16-bit ssm_state rounds once a token, so its error grows where A d is small; float32 does
+        not.  Deterministic.
+    """
+    with torch.no_grad():
+        return torch.ops.zebra.mamba2_step(
+            zxbcdt,
+            conv_state,
+            ssm_state,
+            conv_weight,
+            conv_bias,
+            dt_bias,
+            A,
+            D,
+            norm_weight,
+            n_groups,
+            state_indices,
+            norm_eps,
+        )
+
+
+@fake("mamba2_step")
+def _mamba2_step_fake(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor | None,
+    n_groups: int,
+    state_indices: Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    return zxbcdt.new_empty(zxbcdt.size(0), ssm_state.size(1) * ssm_state.size(2))
+
+
+def _write_slots(state: Tensor, slots: Tensor, live: Tensor, value: Tensor) -> None:
+    """state[slots[b]] = value[b] for the live rows b, without reading anything on the host.
+
+    A padding row repeats the write of the first live row, so that rows that meet in one slot always
+    carry the same value.  Without any live row, all of them write back what slot 0 holds.
+    """
+    first = live.int().argmax()
+    row = torch.where(live, torch.arange(live.size(0), device=live.device), first)
+    state.index_copy_(0, slots[row], value[row])
+
+
+@composite("mamba2_step")
+def _mamba2_step_composite(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor | None,
+    n_groups: int,
+    state_indices: Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    batch, (_, H, P, N), G = zxbcdt.size(0), ssm_state.shape, n_groups
+    if batch == 0:
+        return zxbcdt.new_empty(0, H * P)
+    if state_indices is None:
+        slots = torch.arange(batch, device=zxbcdt.device)
+        live = torch.ones_like(slots, dtype=torch.bool)
+    else:
+        slots, live = state_indices.long().clamp(min=0), state_indices >= 0
+    acc = A.dtype
+    z, xbc, dt = zxbcdt.split([H * P, G * (P + N) + H * N, H], dim=-1)
+
+    window = torch.cat((conv_state[slots], xbc[:, :, None]), dim=-1)  # [B, C, W]
+    conv = (window.to(acc) * conv_weight.to(acc)).sum(-1)
+    conv = F.silu(conv if conv_bias is None else conv + conv_bias.to(acc))
+    x, Bt, Ct = conv.split([G * P, G * N, H * N], dim=-1)
+    x = x.view(batch, G, 1, P).expand(-1, -1, H // G, -1).reshape(batch, H, P)
+    Bt = Bt.view(batch, G, 1, N).expand(-1, -1, H // G, -1).reshape(batch, H, N)
+
+    d = F.softplus(dt.to(acc) + dt_bias.to(acc))  # [B, H]
+    old = ssm_state[slots]
+    update = (d[:, :, None] * x)[..., None] * Bt[:, :, None, :]
+    state = torch.exp(d * A)[:, :, None, None] * old.to(acc) + update
+    y = torch.matmul(state, Ct.view(batch, H, N, 1))[..., 0] + D.to(acc)[:, None] * x
+    y = reference.gated_norm(y, z.to(acc).view(batch, H, P), norm_weight, norm_eps)
+
+    alive = live[:, None, None]
+    _write_slots(conv_state, slots, live, torch.where(alive, window[:, :, 1:], window[:, :, :-1]))
+    _write_slots(
+        ssm_state, slots, live, torch.where(alive[..., None], state.to(ssm_state.dtype), old)
+    )
+    return torch.where(live[:, None], y.reshape(batch, H * P), 0.0).to(zxbcdt.dtype)
