@@ -25,7 +25,8 @@ from zebra import _extension
 _extension.load()
 
 from zebra.ops._register import support_matrix  # noqa: E402
+from zebra.ops.attention import mla_attention  # noqa: E402
 from zebra.ops.decode import mla_decode  # noqa: E402
 from zebra.ops.norm import rms_norm  # noqa: E402
 
-__all__ = ["mla_decode", "rms_norm", "support_matrix"]
+__all__ = ["mla_attention", "mla_decode", "rms_norm", "support_matrix"]
