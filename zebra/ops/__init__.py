@@ -28,5 +28,13 @@ from zebra.ops._register import support_matrix  # noqa: E402
 from zebra.ops.attention import mla_attention  # noqa: E402
 from zebra.ops.decode import mla_decode  # noqa: E402
 from zebra.ops.norm import rms_norm  # noqa: E402
+from zebra.ops.project import mla_project, mla_project_append  # noqa: E402
 
-__all__ = ["mla_attention", "mla_decode", "rms_norm", "support_matrix"]
+__all__ = [
+    "mla_attention",
+    "mla_decode",
+    "mla_project",
+    "mla_project_append",
+    "rms_norm",
+    "support_matrix",
+]
