@@ -53,8 +53,8 @@ void load_keys(const MlaAttentionShape& p, const Sequence& s, std::int64_t g, st
     const std::int64_t token = s.first + first + j;
     const T* const kv = static_cast<const T*>(p.kv) + s.batch * p.kv_stride[0] +
                         token * p.kv_stride[1] + g * p.kv_stride[2];
-    const T* const rope = static_cast<const T*>(p.k_rope) + s.batch * p.rope_stride[0] +
-                          token * p.rope_stride[1];
+    const T* const rope =
+        static_cast<const T*>(p.k_rope) + s.batch * p.rope_stride[0] + token * p.rope_stride[1];
     load_row(kv, k + j * ldk, p.nope);
     load_row(rope, k + j * ldk + p.nope, p.E);
     load_row(kv + p.nope, v + j * ldv, p.v_dim);
@@ -145,19 +145,27 @@ template <typename A>
 struct Gradient {
   std::int64_t ldk, ldv, most;  // row strides of keys and values; keys of the longest sequence
   A* memory;
-  A *k, *v, *dk, *dv;       // [most, ldk or ldv] of the KV head
-  A *q, *dq, *dout;         // [kFlashRows, ldk or ldv] of the row block
-  A *q_t, *dout_t;          // the same transposed, [depth or v_dim, ld]; q_t is scaled
-  A *s, *ds;                // [kFlashKeys, ld]
-  A *lse, *delta;           // [ld]
+  A *k, *v, *dk, *dv;  // [most, ldk or ldv] of the KV head
+  A *q, *dq, *dout;    // [kFlashRows, ldk or ldv] of the row block
+  A *q_t, *dout_t;     // the same transposed, [depth or v_dim, ld]; q_t is scaled
+  A *s, *ds;           // [kFlashKeys, ld]
+  A *lse, *delta;      // [ld]
 
   Gradient(const MlaAttentionShape& p, std::int64_t most_keys)
       : ldk(pad_lanes<A>(p.nope + p.E)), ldv(pad_lanes<A>(p.v_dim)), most(most_keys) {
     const std::int64_t ld = pad_lanes<A>(kFlashRows);
-    const std::int64_t sizes[] = {most * ldk,       most * ldv,       most * ldk,
-                                  most * ldv,       kFlashRows * ldk, kFlashRows * ldk,
-                                  kFlashRows * ldv, ldk * ld,         ldv * ld,
-                                  kFlashKeys * ld,  kFlashKeys * ld,  ld,
+    const std::int64_t sizes[] = {most * ldk,
+                                  most * ldv,
+                                  most * ldk,
+                                  most * ldv,
+                                  kFlashRows * ldk,
+                                  kFlashRows * ldk,
+                                  kFlashRows * ldv,
+                                  ldk * ld,
+                                  ldv * ld,
+                                  kFlashKeys * ld,
+                                  kFlashKeys * ld,
+                                  ld,
                                   ld};
     A** const parts[] = {&k, &v, &dk, &dv, &q, &dq, &dout, &q_t, &dout_t, &s, &ds, &lse, &delta};
     std::int64_t total = 0;
@@ -193,8 +201,7 @@ void load_block(const MlaAttentionBackwardParams& params, const Sequence& s, std
     A dot = 0;
 #pragma omp simd reduction(+ : dot)
     for (std::int64_t i = 0; i < p.v_dim; ++i) dot += to_acc(o[i]) * dout[i];
-    w.delta[r] =
-        dot - (params.dlse != nullptr ? static_cast<const A*>(params.dlse)[row] : A(0));
+    w.delta[r] = dot - (params.dlse != nullptr ? static_cast<const A*>(params.dlse)[row] : A(0));
     const A lse = static_cast<const A*>(params.lse)[row];
     // A row without keys gets exp(s - inf) = 0.
     w.lse[r] = lse == -std::numeric_limits<A>::infinity() ? -lse : lse;

@@ -21,8 +21,8 @@ inline MlaAttentionShape mla_attention_shape(const Check& check, const Tensor& q
   check.shape("k_rope", k_rope, {p.B, -1, -1}, "[B, S, E]");
   check.last_dim_contiguous("k_rope", k_rope);
   p.S = k_rope.size(1), p.E = k_rope.size(2), p.nope = q.size(3) - p.E;
-  check.that(p.nope >= 0, "k_rope", describe(k_rope), "[B, S, E] with E at most Dn + E = ",
-             q.size(3));
+  check.that(p.nope >= 0, "k_rope", describe(k_rope),
+             "[B, S, E] with E at most Dn + E = ", q.size(3));
   check.that(p.S >= p.T, "k_rope", describe(k_rope), "[B, S, E] with S >= T = ", p.T);
   check.like("kv", kv, q, "q");
   check.shape("kv", kv, {p.B, p.S, -1, -1}, "[B, S, G, Dn + Dv]");

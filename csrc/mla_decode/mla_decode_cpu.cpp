@@ -54,8 +54,7 @@ struct Decode {
     first_split[0] = 0;
     for (std::int64_t b = 0; b < p.B; ++b)
       first_split[b + 1] =
-          first_split[b] +
-          ceil_div<std::int64_t>(p.seq_lens[b * p.seq_lens_stride], p.split_size);
+          first_split[b] + ceil_div<std::int64_t>(p.seq_lens[b * p.seq_lens_stride], p.split_size);
     const std::int64_t splits = first_split[p.B];
     if (p.weight != nullptr) {
       widen_weight();
@@ -159,8 +158,8 @@ struct Decode {
       const std::int64_t count = last - at < kFlashKeys ? last - at : kFlashKeys;
       for (std::int64_t j = 0; j < count; ++j) {
         const std::int64_t token = at + j, page = table[token / p.page];
-        const T* const src = static_cast<const T*>(p.cache) + page * p.page_stride +
-                             token % p.page * p.row_stride;
+        const T* const src =
+            static_cast<const T*>(p.cache) + page * p.page_stride + token % p.page * p.row_stride;
         load_row(src, keys + j * ldk, depth);
       }
       std::int32_t visible[kFlashRows];
@@ -210,8 +209,7 @@ struct Decode {
       }
       const std::int64_t heads = p.H / p.G, h = row % p.H, g = h / heads;
       const std::int64_t ldg = pad_lanes<A>(group_rows());
-      A* const column =
-          latent_o + g * p.R * ldg + (b * p.T + row / p.H) * heads + h % heads;
+      A* const column = latent_o + g * p.R * ldg + (b * p.T + row / p.H) * heads + h % heads;
       for (std::int64_t i = 0; i < p.R; ++i) column[i * ldg] = sum_o[i];
     }
   }

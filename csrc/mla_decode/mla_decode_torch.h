@@ -35,8 +35,8 @@ std::tuple<Tensor, Tensor> mla_decode_torch(const Tensor& q, const Tensor& cache
     check.that(G > 0 && H % G == 0, "num_kv_heads", std::to_string(G),
                "given with kv_b_weight and divide H = ", H);
     R = kv_b_weight->size(1);
-    check.that(kv_lora_rank == 0 || kv_lora_rank == R, "kv_lora_rank",
-               std::to_string(kv_lora_rank), "0 or R = ", R, ", the columns of kv_b_weight");
+    check.that(kv_lora_rank == 0 || kv_lora_rank == R, "kv_lora_rank", std::to_string(kv_lora_rank),
+               "0 or R = ", R, ", the columns of kv_b_weight");
     check.that(R > 0 && R <= depth, "kv_b_weight", describe(*kv_b_weight),
                "[G * (Dn + Dv), R] with 1 <= R <= R + E = ", depth);
     nope = q_dim - (depth - R);
@@ -47,8 +47,8 @@ std::tuple<Tensor, Tensor> mla_decode_torch(const Tensor& q, const Tensor& cache
     v_dim = rows / G - nope;
     weight = torch::stable::contiguous(*kv_b_weight);
   } else {
-    check.that(R > 0 && R <= depth, "kv_lora_rank", std::to_string(R),
-               "1 to R + E = ", depth, " where kv_b_weight is not given");
+    check.that(R > 0 && R <= depth, "kv_lora_rank", std::to_string(R), "1 to R + E = ", depth,
+               " where kv_b_weight is not given");
     check.shape("q", q, {-1, -1, -1, depth}, "[B, T, H, R + E]");
   }
   check.dtype("block_table", block_table, ScalarType::Int);

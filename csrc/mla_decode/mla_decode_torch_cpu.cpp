@@ -11,8 +11,8 @@ void check_values(const Check& check, const MlaDecodeParams& p) {
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t length = p.seq_lens[b * p.seq_lens_stride];
     check.that(length >= 0 && length <= p.max_pages * p.page, "seq_lens",
-               std::to_string(length) + " at " + std::to_string(b), "0 to max_pages * page = ",
-               p.max_pages * p.page);
+               std::to_string(length) + " at " + std::to_string(b),
+               "0 to max_pages * page = ", p.max_pages * p.page);
     for (int64_t i = 0; i < ceil_div(length, p.page); ++i) {
       const int32_t page = p.block_table[b * p.table_stride + i];
       check.that(page >= 0 && page < p.pages, "block_table",

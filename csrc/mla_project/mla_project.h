@@ -27,11 +27,11 @@ struct RopeTable {
 
 struct MlaProjectParams {
   RopeTable rope;
-  void* q;                             // [tokens, H, q_dim], changed in place
-  const void *c, *k;                   // [tokens, R] and [tokens, E], row strides c_stride, k_stride
-  void* latent;                        // [tokens, R + E]
-  void* cache;                         // [pages, page, R + E], or nullptr
-  const std::int64_t* slot_mapping;    // [tokens]: page * page_size + offset, negative: not stored
+  void* q;                           // [tokens, H, q_dim], changed in place
+  const void *c, *k;                 // [tokens, R] and [tokens, E], row strides c_stride, k_stride
+  void* latent;                      // [tokens, R + E]
+  void* cache;                       // [pages, page, R + E], or nullptr
+  const std::int64_t* slot_mapping;  // [tokens]: page * page_size + offset, negative: not stored
   std::int64_t tokens, H, q_dim, R;
   std::int64_t c_stride, k_stride;
   std::int64_t pages, page, page_stride, row_stride;

@@ -45,8 +45,8 @@ void forward(const MlaProjectParams& p) {
   for (std::int64_t t = 0; t < p.tokens; ++t) {
     const std::int64_t slot = p.slot_mapping[t];
     if (slot < 0) continue;
-    T* const row = static_cast<T*>(p.cache) + slot / p.page * p.page_stride +
-                   slot % p.page * p.row_stride;
+    T* const row =
+        static_cast<T*>(p.cache) + slot / p.page * p.page_stride + slot % p.page * p.row_stride;
     std::memcpy(row, static_cast<const T*>(p.latent) + t * depth, depth * sizeof(T));
   }
 }

@@ -54,14 +54,14 @@ inline MlaProjectDims mla_project_dims(const Check& check, const MlaProjectInput
                                     std::pair<const char*, const Tensor&>{"sin", in.sin}}) {
     check.dtype(name, table, ScalarType::Float);
     check.same_device(name, table, x);
-    check.shape(name, table, {name[0] == 's' ? in.cos.size(0) : -1,
-                              name[0] == 's' ? in.cos.size(1) : -1},
+    check.shape(name, table,
+                {name[0] == 's' ? in.cos.size(0) : -1, name[0] == 's' ? in.cos.size(1) : -1},
                 "[maxpos, E / 2]");
     check.contiguous(name, table);
   }
   d.E = 2 * in.cos.size(1), d.R = in.kv_a_weight.size(0) - d.E, d.H = in.num_heads;
-  check.that(d.R > 0, "kv_a_weight", describe(in.kv_a_weight), "[R + E, D] with more rows than E = ",
-             d.E);
+  check.that(d.R > 0, "kv_a_weight", describe(in.kv_a_weight),
+             "[R + E, D] with more rows than E = ", d.E);
   const int64_t rows = in.q_b_weight.size(0);
   check.that(d.H > 0 && rows % d.H == 0, "num_heads", std::to_string(d.H),
              "a divisor of the rows of q_b_weight, ", rows);

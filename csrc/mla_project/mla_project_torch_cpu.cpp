@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mla_project_backward_
     const Tensor& positions, int64_t num_heads, const OptTensor& q_a_norm_weight,
     const OptTensor& kv_a_norm_weight, double norm_eps) {
   const Check check("mla_project_backward");
-  const MlaProjectInputs in{hidden,    q_a_weight, q_b_weight,      kv_a_weight,      cos, sin,
+  const MlaProjectInputs in{hidden,    q_a_weight, q_b_weight,      kv_a_weight,      cos,     sin,
                             positions, num_heads,  q_a_norm_weight, kv_a_norm_weight, norm_eps};
   const MlaProjectDims d = mla_project_dims(check, in);
   const Tensor token_positions = contiguous(positions);
@@ -164,8 +164,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mla_project_backward_
   if (kv_a_norm_weight) {
     const Tensor kv = contiguous(matmul(x, transposed(kv_a_weight)));
     const Normed c = norm_rows(kv, d.R, kv_a_norm_weight, norm_eps, check);
-    std::tie(dc, dkv_a_norm) = norm_rows_backward(dlatent_rows.data_ptr(), depth, c, d.R,
-                                                  *kv_a_norm_weight, check);
+    std::tie(dc, dkv_a_norm) =
+        norm_rows_backward(dlatent_rows.data_ptr(), depth, c, d.R, *kv_a_norm_weight, check);
     p.dc = dc.data_ptr(), p.dc_stride = d.R;
   }
   Tensor dq_raw = new_empty(hidden, {d.tokens, d.H * d.q_dim});
@@ -181,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mla_project_backward_
   const Tensor dkv_a_weight = matmul(transposed(dkv_raw), x);
   Tensor dc_q = contiguous(matmul(dq_raw, q_b_weight)), dq_a_norm = no_tensor(hidden);
   if (q_a_norm_weight)
-    std::tie(dc_q, dq_a_norm) = norm_rows_backward(dc_q.data_ptr(), d.rank_q, q_a, d.rank_q,
-                                                   *q_a_norm_weight, check);
+    std::tie(dc_q, dq_a_norm) =
+        norm_rows_backward(dc_q.data_ptr(), d.rank_q, q_a, d.rank_q, *q_a_norm_weight, check);
   Tensor dq_a_weight = no_tensor(hidden), dx = dc_q;
   if (q_a_weight) {
     dq_a_weight = matmul(transposed(dc_q), x);

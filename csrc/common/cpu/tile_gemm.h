@@ -62,8 +62,7 @@ static inline void tile(std::int64_t K, const A* __restrict a, std::int64_t row_
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n)
-      *reinterpret_cast<Any*>(c + m * ldc + n * kLanes<A>) = acc[m][n];
+    for (int n = 0; n < NV; ++n) *reinterpret_cast<Any*>(c + m * ldc + n * kLanes<A>) = acc[m][n];
 }
 
 // All rows of one column panel.  kRows / kCols: the stride of A that is 1 at compile time, which
@@ -76,10 +75,8 @@ static inline void panel(std::int64_t M, std::int64_t K, const A* a, std::int64_
   std::int64_t m = 0;
   for (; m + kMain <= M; m += kMain)
     tile<kMain, NV, kAdd>(K, a + m * row, row, col, b, ldb, c + m * ldc, ldc);
-  for (; m + 4 <= M; m += 4)
-    tile<4, NV, kAdd>(K, a + m * row, row, col, b, ldb, c + m * ldc, ldc);
-  for (; m + 2 <= M; m += 2)
-    tile<2, NV, kAdd>(K, a + m * row, row, col, b, ldb, c + m * ldc, ldc);
+  for (; m + 4 <= M; m += 4) tile<4, NV, kAdd>(K, a + m * row, row, col, b, ldb, c + m * ldc, ldc);
+  for (; m + 2 <= M; m += 2) tile<2, NV, kAdd>(K, a + m * row, row, col, b, ldb, c + m * ldc, ldc);
   for (; m < M; ++m) tile<1, NV, kAdd>(K, a + m * row, row, col, b, ldb, c + m * ldc, ldc);
 }
 
