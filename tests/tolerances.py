@@ -27,6 +27,18 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     # The composite rounds the gradient of the logits to 16 bits for its products; eager does not.
     ("fused_kl_div.composite_gradient", torch.bfloat16): 2.0,
     ("fused_kl_div.composite_gradient", torch.float16): 2.0,
+    # The backward pass reads o rounded, in sum(dO o) of every row, as FlashAttention does; eager
+    # differentiates the unrounded one.  The sharper the softmax, the more of dq that is: two
+    # roundings, the first amplified.
+    ("mla_attention.gradient", torch.bfloat16): 1.8,
+    ("mla_attention.gradient", torch.float16): 1.8,
+    # The matrix products round to the operator's dtype, as nn.Linear does, and eager rounds only
+    # the end: up to five equal roundings in a row (c_q, its norm, q, the rotation; and in dhidden
+    # the sum of two products) instead of one, each as large as the last: sqrt(5), with headroom.
+    ("mla_project", torch.bfloat16): 2.5,
+    ("mla_project", torch.float16): 2.5,
+    ("mla_project.gradient", torch.bfloat16): 2.8,
+    ("mla_project.gradient", torch.float16): 2.8,
 }
 
 

@@ -25,10 +25,14 @@ from zebra import _extension
 _extension.load()
 
 from zebra.ops._register import support_matrix  # noqa: E402
+from zebra.ops.attention import mla_attention  # noqa: E402
 from zebra.ops.conv import causal_conv1d, causal_conv1d_step  # noqa: E402
+from zebra.ops.decode import mla_decode  # noqa: E402
 from zebra.ops.kl import fused_kl_div  # noqa: E402
 from zebra.ops.linear import linear_decode  # noqa: E402
 from zebra.ops.norm import rms_norm  # noqa: E402
+from zebra.ops.project import mla_project, mla_project_append  # noqa: E402
+from zebra.ops.ssd import ssd_scan  # noqa: E402
 from zebra.ops.step import mamba2_step  # noqa: E402
 
 __all__ = [
@@ -37,6 +41,11 @@ __all__ = [
     "fused_kl_div",
     "linear_decode",
     "mamba2_step",
+    "mla_attention",
+    "mla_decode",
+    "mla_project",
+    "mla_project_append",
     "rms_norm",
+    "ssd_scan",
     "support_matrix",
 ]

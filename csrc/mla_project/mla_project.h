@@ -1,0 +1,63 @@
+// mla_project: what follows the projections of latent attention, in one pass over each token:
+//   q's rope parts rotated in place;  latent = [c | rotated k];  optionally latent -> paged cache
+// and its transpose.  The matrix products around it are aten's.
+// The contract between registrations and kernels: pointers, shapes, strides in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu/isa.h"
+#include "common/dtype.h"
+#include "common/status.h"
+
+namespace zebra {
+
+// Rotation of adjacent pairs (x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos) by position.
+struct RopeTable {
+  const float *cos, *sin;  // [max_positions, E / 2]
+  const void* positions;   // [tokens] int32 or int64
+  bool int64_positions;
+  std::int64_t max_positions, E;
+
+  std::int64_t position(std::int64_t token) const {
+    return int64_positions ? static_cast<const std::int64_t*>(positions)[token]
+                           : static_cast<const std::int32_t*>(positions)[token];
+  }
+};
+
+struct MlaProjectParams {
+  RopeTable rope;
+  void* q;                           // [tokens, H, q_dim], changed in place
+  const void *c, *k;                 // [tokens, R] and [tokens, E], row strides c_stride, k_stride
+  void* latent;                      // [tokens, R + E]
+  void* cache;                       // [pages, page, R + E], or nullptr
+  const std::int64_t* slot_mapping;  // [tokens]: page * page_size + offset, negative: not stored
+  std::int64_t tokens, H, q_dim, R;
+  std::int64_t c_stride, k_stride;
+  std::int64_t pages, page, page_stride, row_stride;
+  DType dtype;
+};
+
+struct MlaProjectBackwardParams {
+  RopeTable rope;
+  const void* dq;       // [tokens, H, q_dim]
+  const void *dc, *dk;  // [tokens, R] and [tokens, E], row strides dc_stride, dk_stride
+  void* dq_raw;         // [tokens, H, q_dim]: gradient before the rotation
+  void* dkv_raw;        // [tokens, R + E]: the same of [c | k]
+  std::int64_t tokens, H, q_dim, R;
+  std::int64_t dc_stride, dk_stride;
+  DType dtype;
+};
+
+struct AddParams {  // sum += other
+  void* sum;
+  const void* other;
+  std::int64_t count;
+  DType dtype;
+};
+
+}  // namespace zebra
+
+ZEBRA_CPU_KERNEL(mla_project, ::zebra::MlaProjectParams)
+ZEBRA_CPU_KERNEL(mla_project_backward, ::zebra::MlaProjectBackwardParams)
+ZEBRA_CPU_KERNEL(mla_project_add, ::zebra::AddParams)

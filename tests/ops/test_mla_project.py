@@ -1,0 +1,456 @@
+"""mla_project, its gradients and its cache write against their fp64 truth, on every device."""
+
+import pytest
+import tolerances
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zebra import ops
+from zebra.ops import reference
+from zebra.ops.project import (
+    _mla_project_append_composite,
+    _mla_project_backward_composite,
+    _mla_project_composite,
+)
+from zebra.testing import assert_close, relative_error
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TABLES = ("cos", "sin")
+GRADIENTS = (
+    "hidden",
+    "q_a_weight",
+    "q_b_weight",
+    "kv_a_weight",
+    "q_a_norm_weight",
+    "kv_a_norm_weight",
+)
+# D, Rq, H, Dn, E, R
+DIMS = {
+    "1b_heads": (128, 84, 32, 32, 32, 128),
+    "3b_heads": (96, 64, 24, 64, 64, 128),
+    "8b_heads": (64, 128, 32, 64, 64, 160),
+    "odd": (33, 17, 3, 5, 6, 7),
+    "no_rope": (24, 16, 2, 8, 0, 16),
+    "no_nope": (24, 16, 2, 0, 8, 16),
+}
+
+
+def make(dims, dtype, device, shape=(2, 5), q_a=True, norms=False, norm_dtype=None, maxpos=64):
+    """Arguments of mla_project by name."""
+    D, Rq, H, Dn, E, R = dims
+    rank = Rq if q_a else D
+
+    def randn(*size):
+        return (torch.randn(size) / size[-1] ** 0.5).to(dtype).to(device)
+
+    def norm(size):
+        return (1 + 0.1 * torch.randn(size)).to(norm_dtype or dtype).to(device) if norms else None
+
+    angle = torch.randn(maxpos, E // 2, device=device)
+    return {
+        "hidden": randn(*shape, D) * D**0.5,
+        "q_a_weight": randn(Rq, D) if q_a else None,
+        "q_b_weight": randn(H * (Dn + E), rank),
+        "kv_a_weight": randn(R + E, D),
+        "cos": 1.3 * angle.cos(),  # a magnitude as YaRN has
+        "sin": 1.3 * angle.sin(),
+        "positions": torch.randint(0, maxpos, shape, device=device),
+        "num_heads": H,
+        "q_a_norm_weight": norm(rank),
+        "kv_a_norm_weight": norm(R),
+    }
+
+
+def wide(args):
+    """In fp64 on the CPU; the tables stay fp32."""
+
+    def convert(k, v):
+        if not isinstance(v, torch.Tensor):
+            return v
+        return v.cpu().double() if v.is_floating_point() and k not in TABLES else v.cpu()
+
+    return {k: convert(k, v) for k, v in args.items()}
+
+
+def run(fn, args, dq, dlatent):
+    """q, latent, and the gradients of what is given of GRADIENTS."""
+    args = dict(args)
+    leaves = [k for k in GRADIENTS if args[k] is not None]
+    for k in leaves:
+        args[k] = args[k].detach().requires_grad_()
+    q, latent = fn(**args)
+    grads = torch.autograd.grad(
+        (q, latent), [args[k] for k in leaves], (dq.to(q), dlatent.to(latent))
+    )
+    return {"q": q, "latent": latent} | dict(zip(leaves, grads, strict=True))
+
+
+def output_gradients(args):
+    q, latent = reference.mla_project(**args)
+    return torch.randn_like(q), torch.randn_like(latent)
+
+
+def compare(got, truth, eager, dtype):
+    assert got.keys() == truth.keys()
+    for name, g in got.items():
+        assert g.shape == truth[name].shape and g.dtype == eager[name].dtype
+        op = "mla_project" if name in ("q", "latent") else "mla_project.gradient"
+        assert_close(g, truth[name], eager[name], tolerances.factor(op, dtype), name)
+
+
+def check(args, dtype):
+    grads = output_gradients(args)
+    truth = run(reference.mla_project, wide(args), *(g.double().cpu() for g in grads))
+    eager = run(reference.mla_project, args, *grads)
+    compare(run(ops.mla_project, args, *grads), truth, eager, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
+def test_mla_project_and_gradients_match_reference(dims, norms, dtype, device):
+    check(make(dims, dtype, device, norms=norms), dtype)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_mla_project_without_a_query_bottleneck_matches_reference(norms, device):
+    check(make(DIMS["odd"], torch.float32, device, q_a=False, norms=norms), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mla_project_takes_float32_norm_weights(dtype, device):
+    args = make(DIMS["odd"], dtype, device, norms=True, norm_dtype=torch.float32)
+    q, latent = ops.mla_project(**args)
+    assert q.dtype == latent.dtype == dtype
+    want = reference.mla_project(**wide(args))
+    assert relative_error(q, want[0]) < 4 * torch.finfo(dtype).eps
+    assert relative_error(latent, want[1]) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("q_a", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+def test_mla_project_composite_matches_reference(norms, q_a, dtype):
+    args = make(DIMS["odd"], dtype, "cpu", q_a=q_a, norms=norms)
+    grads = output_gradients(args)
+    truth = run(reference.mla_project, wide(args), *(g.double() for g in grads))
+    eager = run(reference.mla_project, args, *grads)
+    q, latent = _mla_project_composite(**args)
+    gradients = _mla_project_backward_composite(*grads, **args, norm_eps=1e-6)
+    named = {k: g for k, g in zip(GRADIENTS, gradients, strict=True) if args[k] is not None}
+    compare({"q": q, "latent": latent} | named, truth, eager, dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    D=st.integers(1, 40),
+    Rq=st.integers(1, 40),
+    H=st.integers(1, 5),
+    Dn=st.integers(1, 12),
+    half=st.integers(0, 8),
+    R=st.integers(1, 40),
+    B=st.integers(0, 3),
+    T=st.integers(0, 4),
+    norms=st.booleans(),
+)
+def test_mla_project_matches_reference_at_any_shape(D, Rq, H, Dn, half, R, B, T, norms):
+    args = make((D, Rq, H, Dn, 2 * half, R), torch.float32, "cpu", (B, T), norms=norms)
+    args["hidden"] = args["hidden"] + 0.5  # with D = 1 a norm of almost nothing amplifies rounding
+    for got, want in zip(ops.mla_project(**args), reference.mla_project(**wide(args)), strict=True):
+        assert got.shape == want.shape and relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_mla_project_accepts_both_position_dtypes(dtype, device):
+    args = make(DIMS["odd"], torch.float32, device)
+    want = ops.mla_project(**args)
+    got = ops.mla_project(**args | {"positions": args["positions"].to(dtype)})
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_mla_project_reads_strided_inputs(device):
+    args = make(DIMS["odd"], torch.float32, device)
+    want = ops.mla_project(**args)
+    hidden = args["hidden"].transpose(0, 1).contiguous().transpose(0, 1)
+    positions = torch.stack((args["positions"], args["positions"] * 0), -1)[..., 0]
+    weight = args["q_b_weight"].t().contiguous().t()
+    assert not (hidden.is_contiguous() or positions.is_contiguous() or weight.is_contiguous())
+    changed = {"hidden": hidden, "positions": positions, "q_b_weight": weight}
+    for a, b in zip(ops.mla_project(**args | changed), want, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+def test_mla_project_rotation_keeps_scores_under_a_shift_of_positions(device):
+    dims = (64, 48, 4, 8, 16, 24)
+    args = make(dims, torch.float32, device, (1, 6), maxpos=600)
+    angle = torch.arange(600.0, dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(8.0) / 8)
+    args["cos"], args["sin"] = angle.cos().float().to(device), angle.sin().float().to(device)
+    scores = []
+    for shift in (0, 500):
+        args["positions"] = torch.arange(shift, shift + 6, device=device)[None]
+        q, latent = ops.mla_project(**args)
+        scores.append(torch.einsum("bthe,bse->bths", q[..., 8:], latent[..., 24:]))
+    assert relative_error(scores[1], scores[0]) < 1e-5
+
+
+def test_mla_project_merged_query_weight_equals_two_steps(device):
+    args = make(DIMS["odd"], torch.float32, device)
+    merged = args["q_b_weight"] @ args["q_a_weight"]
+    got = ops.mla_project(**args | {"q_a_weight": None, "q_b_weight": merged})
+    for a, b in zip(got, ops.mla_project(**args), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("q_a", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+def test_mla_project_passes_gradcheck(norms, q_a):
+    args = make((6, 5, 2, 3, 4, 3), torch.float64, "cpu", (2, 3), q_a, norms)
+    names = [k for k in GRADIENTS if args[k] is not None]
+
+    def project(*leaves):
+        return ops.mla_project(**args | dict(zip(names, leaves, strict=True)))
+
+    assert torch.autograd.gradcheck(project, [args[k].requires_grad_() for k in names])
+
+
+def test_mla_project_gradient_of_one_output_alone(device):
+    args = make(DIMS["odd"], torch.float32, device)
+    dq, dlatent = output_gradients(args)
+    x = args["hidden"].requires_grad_()
+    q, latent = ops.mla_project(**args)
+    for out, grad, both in ((q, dq, (dq, 0 * dlatent)), (latent, dlatent, (0 * dq, dlatent))):
+        got = torch.autograd.grad(out, x, grad, retain_graph=True)[0]
+        want = run(reference.mla_project, wide(args), *(g.double().cpu() for g in both))["hidden"]
+        assert relative_error(got, want) < 1e-5
+
+
+# mla_project_append
+
+
+def with_cache(args, slots, pages=4, page=8):
+    """Adds a NaN cache with wide rows and the slots of every token."""
+    depth, hidden = args["kv_a_weight"].size(0), args["hidden"]
+    wide_cache = torch.full((pages, page + 1, depth + 3), float("nan")).to(hidden)
+    slot_mapping = torch.tensor(slots, dtype=torch.int64, device=hidden.device).view(
+        hidden.shape[:2]
+    )
+    return args | {"cache": wide_cache[:, :page, :depth], "slot_mapping": slot_mapping}
+
+
+APPENDS = [ops.mla_project_append, _mla_project_append_composite]
+
+
+@pytest.mark.parametrize("append", APPENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [0, 1, 2, 3, 4, 5],
+        [31, 9, 8, 16, 0, 7],
+        [-1, -1, 5, -7, 0, -1],
+        [4, -1, -1, -1, -1, -1],
+        [-1] * 6,
+    ],
+    ids=str,
+)
+def test_mla_project_append_writes_its_slots_and_nothing_else(slots, dtype, append, device):
+    args = make(DIMS["odd"], dtype, device, (2, 3), norms=True)
+    want_q, want = ops.mla_project(**args)
+    args = with_cache(args, slots)
+    cache = args["cache"]
+    q, latent = append(**args)
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert relative_error(q, want_q) < tolerance and relative_error(latent, want) < tolerance
+    expected = torch.full_like(cache, float("nan"))
+    for slot, row in zip(slots, latent.flatten(0, 1), strict=True):
+        if slot >= 0:
+            expected[slot // 8, slot % 8] = row
+    assert torch.equal(cache.nan_to_num(1e3), expected.nan_to_num(1e3))
+    base = cache._base if cache._base is not None else cache
+    assert base.isfinite().sum() == expected.isfinite().sum()  # nothing beside the view either
+
+
+@pytest.mark.parametrize("append", APPENDS)
+def test_mla_project_append_without_tokens_writes_nothing(append):
+    args = with_cache(make(DIMS["odd"], torch.float32, "cpu", (0, 3)), [])
+    q, latent = append(**args)
+    assert q.shape == (0, 3, 3, 11) and latent.shape == (0, 3, 13)
+    assert args["cache"].isnan().all()
+
+
+def test_mla_project_append_of_padding_accepts_an_empty_cache(device):
+    args = make(DIMS["odd"], torch.float32, device, (2, 3))
+    want = ops.mla_project(**args)
+    got = ops.mla_project_append(**with_cache(args, [-1] * 6, pages=0))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_mla_project_append_checks_every_slot_before_it_writes():
+    args = with_cache(make(DIMS["odd"], torch.float32, "cpu", (2, 3)), [0, 1, 2, 3, 4, 32])
+    message = r"zebra::mla_project_append: slot_mapping must be negative \(not stored\) or at most "
+    with pytest.raises(RuntimeError, match=message + r"pages \* page - 1 = 31, got 32 at \[1, 2\]"):
+        ops.mla_project_append(**args)
+    assert args["cache"].isnan().all()
+
+
+def test_mla_project_append_then_decode_equals_attention(device):
+    H, Dn, E, R, G, Dv = 6, 8, 4, 20, 3, 10
+    args = make((32, 24, H, Dn, E, R), torch.float32, device, (2, 9))
+    args["positions"] = torch.arange(9, device=device).repeat(2, 1)
+    slots = [*range(16, 25), *range(32, 41)]  # sequence 0 in pages 2 and 3, 1 in 4 and 5
+    args = with_cache(args, slots, pages=6)
+    q, latent = ops.mla_project_append(**args)
+    weight = torch.randn(G * (Dn + Dv), R, device=device) / R**0.5
+    table = torch.tensor([[2, 3], [4, 5]], dtype=torch.int32, device=device)
+    lengths = torch.full((2,), 9, dtype=torch.int32, device=device)
+    got = ops.mla_decode(q, args["cache"], table, lengths, 0.3, weight, G)
+    kv = (latent[..., :R] @ weight.t()).unflatten(-1, (G, -1))
+    want = ops.mla_attention(q, kv, latent[..., R:], 0.3)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_mla_project_passes_opcheck(norms, device):
+    args = make(DIMS["odd"], torch.float32, device, norms=norms)
+    for k in GRADIENTS:
+        if args[k] is not None:
+            args[k].requires_grad_()
+    torch.library.opcheck(torch.ops.zebra.mla_project.default, (), args)
+
+
+def test_mla_project_append_passes_opcheck(device):
+    args = with_cache(make(DIMS["odd"], torch.float32, device, (2, 3)), [3, -1, 9, 8, 0, 31])
+    args["cache"] = torch.zeros_like(args["cache"])
+    torch.library.opcheck(torch.ops.zebra.mla_project_append.default, (), args)
+
+
+def test_mla_project_compiles_fullgraph(device):
+    args = make(DIMS["odd"], torch.float32, device, norms=True)
+    grads = output_gradients(args)
+    compiled = torch.compile(ops.mla_project, fullgraph=True, backend="aot_eager")
+    got, want = (run(fn, args, *grads) for fn in (compiled, ops.mla_project))
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_mla_project_append_compiles_fullgraph(device):
+    slots = [3, -1, 9, 8, 0, 31]
+    args = make(DIMS["odd"], torch.float32, device, (2, 3))
+    args = with_cache(args, slots) | {"cache": torch.zeros(4, 8, 13, device=device)}
+    want_cache = args["cache"].clone()
+    want = ops.mla_project_append(**args | {"cache": want_cache})
+    compiled = torch.compile(ops.mla_project_append, fullgraph=True, backend="aot_eager")
+    got = compiled(**args)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(args["cache"], want_cache)
+
+
+def test_mla_project_is_deterministic(device):
+    args = make(DIMS["8b_heads"], torch.bfloat16, device, norms=True)
+    grads = output_gradients(args)
+    first = run(ops.mla_project, args, *grads)
+    for _ in range(3):
+        again = run(ops.mla_project, args, *grads)
+        assert all(torch.equal(again[k], first[k]) for k in first)
+
+
+def test_mla_project_keeps_nan_in_its_token(device):
+    args = make(DIMS["odd"], torch.float32, device, norms=True)
+    args["hidden"][1, 2, 3] = float("nan")
+    for out in ops.mla_project(**args):
+        assert out[1, 2].isnan().all()
+        assert out[0].isfinite().all() and out[1, [0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_mla_project_append_survives_graph_replay_with_other_slots():
+    args = with_cache(make(DIMS["odd"], torch.bfloat16, "cuda", (2, 3)), [0, 1, 2, 3, 4, 5])
+    ops.mla_project_append(**args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.mla_project_append(**args)
+    for slots in ([8, -1, 9, -1, -1, 31], [-1] * 6):
+        args["slot_mapping"].copy_(torch.tensor(slots).view(2, 3))
+        args["cache"].fill_(float("nan"))
+        graph.replay()
+        written = args["cache"].isfinite().all(-1).flatten().nonzero().flatten().tolist()
+        assert written == sorted(s for s in slots if s >= 0)
+
+
+REJECTED = {
+    "hidden_rank": ({"hidden": lambda t: t[0]}, r"hidden must be \[B, T, D\] with D >= 1"),
+    "hidden_dtype": ({"hidden": lambda t: t.int()}, "hidden must be float32, bfloat16 or float16"),
+    "q_a_columns": (
+        {"q_a_weight": lambda t: t[:, 1:]},
+        r"q_a_weight must be \[Rq, D\] = \[any, 33\], got \[17, 32\]",
+    ),
+    "q_b_columns": (
+        {"q_b_weight": lambda t: t[:, 1:]},
+        r"q_b_weight must be \[H \* \(Dn \+ E\), Rq\] = \[any, 17\]",
+    ),
+    "q_b_without_q_a": (
+        {"q_a_weight": lambda t: None},
+        r"q_b_weight must be \[H \* \(Dn \+ E\), D\] = \[any, 33\]",
+    ),
+    "kv_a_dtype": ({"kv_a_weight": lambda t: t.half()}, "kv_a_weight must be float32 like hidden"),
+    "kv_a_rows": (
+        {"kv_a_weight": lambda t: t[:6]},
+        r"kv_a_weight must be \[R \+ E, D\] with more rows than E = 6",
+    ),
+    "cos_dtype": ({"cos": lambda t: t.half()}, r"cos must be float32, got \[64, 3\] float16"),
+    "sin_shape": (
+        {"sin": lambda t: t[1:]},
+        r"sin must be \[maxpos, E / 2\] = \[64, 3\], got \[63, 3\]",
+    ),
+    "heads": ({"num_heads": lambda n: 4}, "num_heads must be a divisor of .* 33, got 4"),
+    "positions_dtype": ({"positions": lambda t: t.float()}, "positions must be int32 or int64"),
+    "positions_shape": (
+        {"positions": lambda t: t[:1]},
+        r"positions must be \[B, T\] = \[2, 5\], got \[1, 5\]",
+    ),
+    "position_high": (
+        {"positions": lambda t: t * 0 + 64},
+        r"positions must be 0 to maxpos - 1 = 63, got 64 at \[0, 0\]",
+    ),
+    "position_low": (
+        {"positions": lambda t: t.int() * 0 - 1},
+        r"positions must be 0 to maxpos - 1 = 63, got -1 at \[0, 0\]",
+    ),
+    "norm_shape": (
+        {"q_a_norm_weight": lambda t: t[1:]},
+        r"q_a_norm_weight must be \[Rq\] = \[17\], got \[16\]",
+    ),
+    "norm_dtype": (
+        {"kv_a_norm_weight": lambda t: t.half()},
+        "kv_a_norm_weight must be float32 like hidden, or float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_mla_project_rejects(case):
+    changes, message = REJECTED[case]
+    args = make(DIMS["odd"], torch.float32, "cpu", norms=True)
+    args |= {k: change(args[k]) for k, change in changes.items()}
+    with pytest.raises(RuntimeError, match="zebra::mla_project: " + message):
+        ops.mla_project(**args)
+
+
+REJECTED_APPENDS = {
+    "cache_width": (
+        {"cache": lambda t: t[..., 1:]},
+        r"cache must be \[pages, page, R \+ E\] = \[any, any, 13\], got \[4, 8, 12\]",
+    ),
+    "cache_dtype": ({"cache": lambda t: t.half()}, "cache must be float32 like hidden"),
+    "slots_dtype": ({"slot_mapping": lambda t: t.int()}, "slot_mapping must be int64"),
+    "slots_shape": ({"slot_mapping": lambda t: t[:1]}, r"slot_mapping must be \[B, T\] = \[2, 3\]"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED_APPENDS)
+def test_mla_project_append_rejects(case):
+    changes, message = REJECTED_APPENDS[case]
+    args = with_cache(make(DIMS["odd"], torch.float32, "cpu", (2, 3)), [0, 1, 2, 3, 4, 5])
+    args |= {k: change(args[k]) for k, change in changes.items()}
+    with pytest.raises(RuntimeError, match="zebra::mla_project_append: " + message):
+        ops.mla_project_append(**args)

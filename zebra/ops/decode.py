@@ -1,0 +1,151 @@
+"""Absorbed multi-head latent attention over the paged latent cache, for decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zebra.ops._register import composite, fake
+
+# Elements of the largest temporary of the composite: 256 MiB in fp32.
+_CHUNK_ELEMENTS = 1 << 26
+
+
+def mla_decode(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    kv_b_weight: Tensor | None = None,
+    num_kv_heads: int = 0,
+    kv_lora_rank: int = 0,
+    split_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a few new tokens over latents, without expanding keys and values.
+
+    Equation:
+        q~_h = U_k,g^T q_nope,h;  s_j = scale (q~_h . c_j + q_rope,h . k_rope,j);
+        o_h = U_v,g sum_j softmax(s)_j c_j, g = h // (H / G)   (DeepSeek-V2, section 2.1.3)
+
+    The T new tokens are the last of seq_lens, already in the cache; token t sees the first
+    seq_len - T + t + 1 of them.  A token that sees none gives o = 0 and lse = -inf.
+
+    Args:
+        q: [B, T, H, Dn + E] with kv_b_weight, or latent queries [B, T, H, R + E] without; float32,
+            bfloat16 or float16 (float64 on the CPU), contiguous in the last dimension.  T is 1 to
+            16 where CUDA is to be fast; any T works.
+        cache: [pages, page, R + E] of q's dtype, a row [c | k_rope] a token; pages and rows may be
+            strided.
+        block_table: [B, max_pages] int32, the pages of a sequence in order; entries past its last
+            page are never followed.
+        seq_lens: [B] int32, cached tokens of each sequence, the new ones included.
+        scale: of the scores, usually (Dn + E) ** -0.5.
+        kv_b_weight: [G * (Dn + Dv), R] of q's dtype: Dn key rows then Dv value rows a KV head.
+        num_kv_heads: G, with kv_b_weight.
+        kv_lora_rank: R, without kv_b_weight.
+        split_size: cached tokens of one partial result, 0 for automatic; results for two values
+            differ by fp32 rounding only.
+
+    Returns:
+        o [B, T, H, Dv] (or R for latent queries) like q, and lse [B, T, H] fp32, natural logarithm
+        (fp64 for fp64).
+
+    Raises:
+        RuntimeError: on a wrong shape, dtype or device; on the CPU also where seq_lens or a used
+            block_table entry is out of range (CUDA does not read values on the host).
+
+    Numerics:
+        fp32 throughout (fp64 for fp64), one rounding to the output dtype.  Deterministic; on the
+        CPU independent of threads and of the rest of the batch.  Not differentiable.
+    """
+    return torch.ops.zebra.mla_decode(
+        q,
+        cache,
+        block_table,
+        seq_lens,
+        scale,
+        kv_b_weight,
+        num_kv_heads,
+        kv_lora_rank,
+        split_size,
+    )
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@fake("mla_decode")
+def _mla_decode_fake(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    kv_b_weight: Tensor | None = None,
+    num_kv_heads: int = 0,
+    kv_lora_rank: int = 0,
+    split_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    v_dim = kv_lora_rank
+    if kv_b_weight is not None:
+        nope = q.size(3) - (cache.size(2) - kv_b_weight.size(1))
+        v_dim = kv_b_weight.size(0) // num_kv_heads - nope
+    return q.new_empty(*q.shape[:3], v_dim), q.new_empty(q.shape[:3], dtype=_acc(q))
+
+
+@composite("mla_decode")
+def _mla_decode_composite(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    kv_b_weight: Tensor | None = None,
+    num_kv_heads: int = 0,
+    kv_lora_rank: int = 0,
+    split_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    pages, page, depth = cache.shape
+    acc = _acc(q)
+    R = kv_lora_rank if kv_b_weight is None else kv_b_weight.size(1)
+    query = q.to(acc)
+    if kv_b_weight is not None:
+        nope = q.size(3) - (depth - R)
+        up = kv_b_weight.to(acc).unflatten(0, (num_kv_heads, -1))  # [G, Dn + Dv, R]
+        grouped = query[..., :nope].unflatten(2, (num_kv_heads, -1))
+        latent_q = torch.einsum("btghd,gdr->btghr", grouped, up[:, :nope]).flatten(2, 3)
+        query = torch.cat((latent_q, query[..., nope:]), dim=-1)
+    query = query.flatten(1, 2) * scale  # [B, T * H, R + E]
+
+    top = query.new_full((B, T * H), float("-inf"))
+    total = query.new_zeros(B, T * H)
+    o = query.new_zeros(B, T * H, R)
+    new = torch.arange(T, device=q.device).repeat_interleave(H)
+    seen = seq_lens[:, None] - (T - 1) + new  # [B, T * H]: tokens that a row sees
+    step = max(1, _CHUNK_ELEMENTS // (max(B, 1) * page * max(depth, T * H)))
+    for first in range(0, block_table.size(1) if pages > 0 else 0, step):
+        # Table entries past the sequence may be anything, and cache rows past it may hold NaN.
+        table = block_table[:, first : first + step].clamp(0, pages - 1).long()
+        token = torch.arange(
+            first * page, (first + table.size(1)) * page, device=q.device, dtype=torch.int32
+        )
+        latent = cache[table].flatten(1, 2).to(acc)  # [B, S, R + E]
+        latent = torch.where((token < seq_lens[:, None])[..., None], latent, 0.0)
+        s = torch.bmm(query, latent.transpose(1, 2))
+        s = torch.where(token < seen[..., None], s, float("-inf"))
+        peak = torch.maximum(top, s.amax(-1))
+        base = torch.where(peak == float("-inf"), 0.0, peak)
+        shift = torch.exp(top - base)
+        p = torch.exp(s - base[..., None])
+        total = total * shift + p.sum(-1)
+        o = o * shift[..., None] + torch.bmm(p, latent[..., :R])
+        top = peak
+    o = torch.where(total[..., None] == 0, 0.0, o / total[..., None]).view(B, T, H, R)
+    lse = torch.where(total == 0, float("-inf"), top + total.log()).view(B, T, H)
+    if kv_b_weight is not None:
+        grouped = o.unflatten(2, (num_kv_heads, -1))
+        o = torch.einsum("btghr,gdr->btghd", grouped, up[:, nope:]).flatten(2, 3)
+    return o.to(q.dtype).contiguous(), lse

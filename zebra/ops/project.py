@@ -1,0 +1,361 @@
+"""Projections of multi-head latent attention: queries, and the latents that are cached."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zebra.ops import reference
+from zebra.ops._register import autograd, composite, fake, optional
+
+
+def mla_project(
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_b_weight: Tensor,
+    kv_a_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    q_a_norm_weight: Tensor | None = None,
+    kv_a_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Queries and latents of latent attention, rotary embedding applied.
+
+    Equation:
+        c_q = W_qa x;  q_h = [q_nope | RoPE(q_rope)] of W_qb,h c_q;  [c | k] = W_kva x;
+        latent = [c | RoPE(k)]   (DeepSeek-V2, eq. 9-15)
+        RoPE turns adjacent pairs: (x_2i, x_2i+1) -> (x_2i cos_i - x_2i+1 sin_i,
+        x_2i sin_i + x_2i+1 cos_i) at the token's position.
+
+    Args:
+        hidden: [B, T, D] float32, bfloat16 or float16 (float64 on the CPU).
+        q_a_weight: [Rq, D] like hidden, or None where q_b_weight applies to hidden itself.
+        q_b_weight: [H * (Dn + E), Rq] (or D columns): Dn rows then E rotated rows a head.
+        kv_a_weight: [R + E, D].
+        cos: [maxpos, E / 2] float32, contiguous; includes any magnitude factor (YaRN).
+        sin: like cos.
+        positions: [B, T] int32 or int64, rows of cos and sin.
+        num_heads: H.
+        q_a_norm_weight: [Rq] of hidden's dtype or float32: RMSNorm of c_q where given.
+        kv_a_norm_weight: [R]: RMSNorm of c where given.
+        norm_eps: of both norms.
+
+    Returns:
+        q [B, T, H, Dn + E] and latent [B, T, R + E], like hidden.
+
+    Raises:
+        RuntimeError: on a wrong shape, dtype or device; on the CPU also where a position is outside
+            the tables (CUDA does not read values on the host).
+
+    Numerics:
+        Matrix products are PyTorch's and round to hidden's dtype, as nn.Linear does; norms and
+        rotation are fp32 (fp64 for fp64) with one rounding.  Differentiable in hidden and weights;
+        cos and sin get no gradient.
+    """
+    return torch.ops.zebra.mla_project(
+        hidden,
+        q_a_weight,
+        q_b_weight,
+        kv_a_weight,
+        cos,
+        sin,
+        positions,
+        num_heads,
+        q_a_norm_weight,
+        kv_a_norm_weight,
+        norm_eps,
+    )
+
+
+def mla_project_append(
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_b_weight: Tensor,
+    kv_a_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    q_a_norm_weight: Tensor | None = None,
+    kv_a_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """:func:`mla_project`, which also stores the latents in a paged cache.
+
+    Equation:
+        cache[slot // page, slot % page] = latent  for every token with slot >= 0
+
+    Args:
+        hidden: see :func:`mla_project`, as all arguments that are not named here.
+        q_a_weight: see there.
+        q_b_weight: see there.
+        kv_a_weight: see there.
+        cos: see there.
+        sin: see there.
+        positions: see there.
+        num_heads: see there.
+        cache: [pages, page, R + E] like hidden, changed in place; pages and rows may be strided.
+        slot_mapping: [B, T] int64: page index * page + offset; negative where a token is not
+            stored (padding).  Slots are distinct.
+        q_a_norm_weight: see there.
+        kv_a_norm_weight: see there.
+        norm_eps: see there.
+
+    Returns:
+        q and latent as of :func:`mla_project`.
+
+    Raises:
+        RuntimeError: as :func:`mla_project`; on the CPU also where a slot is outside the cache,
+            before anything is written.
+
+    Numerics:
+        As :func:`mla_project`.  Not differentiable: for inference.
+    """
+    return torch.ops.zebra.mla_project_append(
+        hidden,
+        q_a_weight,
+        q_b_weight,
+        kv_a_weight,
+        cos,
+        sin,
+        positions,
+        num_heads,
+        cache,
+        slot_mapping,
+        q_a_norm_weight,
+        kv_a_norm_weight,
+        norm_eps,
+    )
+
+
+@fake("mla_project")
+def _mla_project_fake(
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_b_weight: Tensor,
+    kv_a_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    q_a_norm_weight: Tensor | None = None,
+    kv_a_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    B, T, _ = hidden.shape
+    q = hidden.new_empty(B, T, num_heads, q_b_weight.size(0) // num_heads)
+    return q, hidden.new_empty(B, T, kv_a_weight.size(0))
+
+
+@fake("mla_project_append")
+def _mla_project_append_fake(
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_b_weight: Tensor,
+    kv_a_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    q_a_norm_weight: Tensor | None = None,
+    kv_a_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    return _mla_project_fake(
+        hidden, q_a_weight, q_b_weight, kv_a_weight, cos, sin, positions, num_heads
+    )
+
+
+@fake("mla_project_backward")
+def _mla_project_backward_fake(
+    dq: Tensor,
+    dlatent: Tensor,
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_b_weight: Tensor,
+    kv_a_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    q_a_norm_weight: Tensor | None,
+    kv_a_norm_weight: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, ...]:
+    def grad(w: Tensor | None) -> Tensor:
+        return hidden.new_empty(0) if w is None else w.new_empty(w.shape)
+
+    return (
+        grad(hidden),
+        grad(q_a_weight),
+        grad(q_b_weight),
+        grad(kv_a_weight),
+        grad(q_a_norm_weight),
+        grad(kv_a_norm_weight),
+    )
+
+
+class _Angles(NamedTuple):
+    """cos and sin of every token, [B, T, E / 2] fp32."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate the last 2 * E / 2 columns of x [B, T, ..., n]; returns x's dtype."""
+        E = 2 * self.cos.size(-1)
+        shape = (*self.cos.shape[:2], *([1] * (x.dim() - 3)), E // 2)
+        head, tail = x.split([x.size(-1) - E, E], dim=-1)
+        tail = reference.rotate(tail.float(), self.cos.view(shape), self.sin.view(shape))
+        return torch.cat((head, tail.to(x.dtype)), dim=-1)
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else reference.rms_norm(x, weight, eps=eps)[0]
+
+
+def _norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`_norm`; the second is empty where there is no weight."""
+    if weight is None:
+        return dy, dy.new_empty(0)
+    g, s = dy.float(), x.float()
+    rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    dw = (g * s * rstd).flatten(0, -2).sum(0)
+    g = g * weight.float()
+    dx = rstd * (g - s * rstd.square() * (g * s).mean(-1, keepdim=True))
+    return dx.to(x.dtype), dw.to(weight.dtype)
+
+
+@composite("mla_project")
+def _mla_project_composite(
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_b_weight: Tensor,
+    kv_a_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    q_a_norm_weight: Tensor | None = None,
+    kv_a_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    angles = _Angles(cos[positions], sin[positions])
+    c_q = hidden if q_a_weight is None else F.linear(hidden, q_a_weight)
+    q = F.linear(_norm(c_q, q_a_norm_weight, norm_eps), q_b_weight)
+    R = kv_a_weight.size(0) - 2 * cos.size(-1)
+    c, k = F.linear(hidden, kv_a_weight).tensor_split([R], dim=-1)
+    latent = torch.cat((_norm(c, kv_a_norm_weight, norm_eps), k), dim=-1)
+    return angles.rotate(q.unflatten(-1, (num_heads, -1))), angles.rotate(latent)
+
+
+@composite("mla_project_append")
+def _mla_project_append_composite(
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_b_weight: Tensor,
+    kv_a_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    q_a_norm_weight: Tensor | None = None,
+    kv_a_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    q, latent = _mla_project_composite(
+        hidden,
+        q_a_weight,
+        q_b_weight,
+        kv_a_weight,
+        cos,
+        sin,
+        positions,
+        num_heads,
+        q_a_norm_weight,
+        kv_a_norm_weight,
+        norm_eps,
+    )
+    if cache.size(0) == 0 or latent.numel() == 0:
+        return q, latent
+    # Shapes may not depend on values, so every row is written somewhere: one that is not stored
+    # repeats the write of the first that is (the same value into the same slot), and where none is
+    # stored, all write back what slot 0 holds.
+    slots, rows = slot_mapping.flatten(), latent.flatten(0, 1)
+    stored = slots >= 0
+    own = torch.arange(slots.numel(), device=slots.device)
+    source = torch.where(stored, own, stored.int().argmax())
+    slot = slots[source].clamp(min=0)
+    page, offset = slot // cache.size(1), slot % cache.size(1)
+    cache[page, offset] = torch.where(stored.any(), rows[source], cache[page, offset])
+    return q, latent
+
+
+@composite("mla_project_backward")
+def _mla_project_backward_composite(
+    dq: Tensor,
+    dlatent: Tensor,
+    hidden: Tensor,
+    q_a_weight: Tensor | None,
+    q_b_weight: Tensor,
+    kv_a_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    q_a_norm_weight: Tensor | None,
+    kv_a_norm_weight: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, ...]:
+    back = _Angles(cos[positions], -sin[positions])  # a rotation's transpose turns the other way
+    x = hidden.flatten(0, 1)
+    c_q = x if q_a_weight is None else F.linear(x, q_a_weight)
+    dq_raw = back.rotate(dq).flatten(2).flatten(0, 1)
+    dkv_raw = back.rotate(dlatent).flatten(0, 1)
+    dkv_a_norm = x.new_empty(0)
+    if kv_a_norm_weight is not None:
+        R = kv_a_norm_weight.size(0)
+        c = F.linear(x, kv_a_weight[:R])
+        dc, dkv_a_norm = _norm_backward(dkv_raw[:, :R], c, kv_a_norm_weight, norm_eps)
+        dkv_raw = torch.cat((dc, dkv_raw[:, R:]), dim=-1)
+    dq_b = dq_raw.t() @ _norm(c_q, q_a_norm_weight, norm_eps)
+    dkv_a = dkv_raw.t() @ x
+    dc_q, dq_a_norm = _norm_backward(dq_raw @ q_b_weight, c_q, q_a_norm_weight, norm_eps)
+    dx, dq_a = dc_q, x.new_empty(0)
+    if q_a_weight is not None:
+        dx, dq_a = dc_q @ q_a_weight, dc_q.t() @ x
+    dx = torch.addmm(dx, dkv_raw, kv_a_weight).view(hidden.shape)
+    return dx, dq_a, dq_b, dkv_a, dq_a_norm, dkv_a_norm
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.num_heads = inputs[:7], inputs[7]
+    q_a_norm_weight, kv_a_norm_weight, ctx.norm_eps = inputs[8:]
+    ctx.save_for_backward(*tensors, q_a_norm_weight, kv_a_norm_weight)
+
+
+def _backward(ctx: Any, dq: Tensor, dlatent: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, q_a_norm, kv_a_norm = ctx.saved_tensors
+    dx, dq_a, dq_b, dkv_a, dq_a_norm, dkv_a_norm = torch.ops.zebra.mla_project_backward(
+        dq, dlatent, *inputs, ctx.num_heads, q_a_norm, kv_a_norm, ctx.norm_eps
+    )
+    dq_a = optional(dq_a, inputs[1])
+    dq_a_norm, dkv_a_norm = optional(dq_a_norm, q_a_norm), optional(dkv_a_norm, kv_a_norm)
+    return dx, dq_a, dq_b, dkv_a, None, None, None, None, dq_a_norm, dkv_a_norm, None
+
+
+autograd("mla_project", _backward, _setup)
