@@ -26,5 +26,6 @@ _extension.load()
 
 from zebra.ops._register import support_matrix  # noqa: E402
 from zebra.ops.norm import rms_norm  # noqa: E402
+from zebra.ops.ssd import ssd_scan  # noqa: E402
 
-__all__ = ["rms_norm", "support_matrix"]
+__all__ = ["rms_norm", "ssd_scan", "support_matrix"]
