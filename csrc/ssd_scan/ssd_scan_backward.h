@@ -32,7 +32,7 @@ class BackwardWalk {
         chunks_(chunks),
         arena_(7 * l_.token_p() + 5 * l_.token_n() + (l_.P_pad + l_.N_pad) * kSquareRow<A> +
                4 * kSquare<A> + 2 * l_.P_pad * l_.ldn + block * (chunks + 1) * l_.state() +
-               3 * l_.P_pad) {
+               4 * l_.P_pad) {
     split(l_.token_p(), x_, w_, y_, dy_, edy_, q_, dx_);
     split(l_.token_n(), B_, C_, tmp_, dB_, dC_);
     x_t_ = arena_.take(l_.P_pad * kSquareRow<A>);
@@ -41,7 +41,7 @@ class BackwardWalk {
     split(l_.P_pad * l_.ldn, state_t_, dstate_t_);
     states_ = arena_.take(block * chunks * l_.state());
     dstates_ = arena_.take(block * l_.state());
-    split(l_.P_pad, z_, weight_, dweight_);
+    split(l_.P_pad, z_, gate_, weight_, dweight_);
   }
 
   // Heads head .. head + block of sequence `index`.
@@ -135,10 +135,11 @@ class BackwardWalk {
     decay_.compute(in_, seq.batch, first, len, head);
     for (std::int64_t i = 0; i < rows; ++i) {
       const std::int64_t at = i * kSquareRow<A>;
-      decay_row(decay_, i, L_ + at);
-#pragma omp simd
-      for (std::int64_t j = 0; j < round_up<std::int64_t>(i + 1, kPad<A>); ++j)
-        E_[at + j] = L_[at + j] * scores_[at + j];
+      for (std::int64_t j = 0; j <= i; j += kLanes<A>) {
+        const Vector<A> decay = decays(decay_, i, j);
+        store<A>(L_ + at + j, decay);
+        store<A>(E_ + at + j, decay * load(scores_ + at + j));
+      }
     }
     scale_rows(decay_.d, x_, w_, l_.ldp, rows, l_.P_pad);
     load_tile<T>(p_.dy, {in_.tokens * in_.heads * P, in_.heads * P, P}, seq.batch, first, len, head,
@@ -160,13 +161,10 @@ class BackwardWalk {
       multiply<Part::kFull, A>(
           {{edy_, l_.ldp, 1}, state_t_, l_.ldn, tmp_, l_.ldn, rows, l_.N_pad, P});
       for (std::int64_t i = 0; i < len; ++i) {
-        A dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (std::int64_t n = 0; n < l_.N; ++n) {
-          dot += C_[i * l_.ldn + n] * tmp_[i * l_.ldn + n];
-          dC_[i * l_.ldn + n] += tmp_[i * l_.ldn + n];
-        }
-        balance_[i] += dot;
+        const std::int64_t at = i * l_.ldn;
+        balance_[i] += static_cast<double>(dot(C_ + at, tmp_ + at, l_.N));
+        for (std::int64_t n = at; n < at + l_.N; n += kLanes<A>)
+          store<A>(dC_ + n, load(dC_ + n) + load(tmp_ + n));
       }
     }
     multiply<Part::kLower, A>(
@@ -177,7 +175,8 @@ class BackwardWalk {
     for (std::int64_t j = 0; j < len; ++j) r[j] = 0;
     if (live) {
       multiply<Part::kFull, A>({{B_, l_.ldn, 1}, g, l_.ldp, q_, l_.ldp, rows, l_.P_pad, l_.N});
-      for (std::int64_t j = 0; j < len; ++j) r[j] = decay_.to_end[j] * dot(w_, q_, j);
+      for (std::int64_t j = 0; j < len; ++j)
+        r[j] = decay_.to_end[j] * dot(w_ + j * l_.ldp, q_ + j * l_.ldp, P);
     }
     multiply<Part::kUpper, A>({{E_, 1, kSquareRow<A>},
                                dy_,
@@ -192,12 +191,12 @@ class BackwardWalk {
     double dD = 0;
     if (starts(h, x_ratio())) zero(dx_, rows * l_.ldp);
     for (std::int64_t j = 0; j < len; ++j) {
-      xq[j] = dot(x_, q_, j);
-      if (in_.D != nullptr) dD += static_cast<double>(dot(x_, dy_, j));
       const A d = decay_.d[j];
       const std::int64_t at = j * l_.ldp;
-#pragma omp simd
-      for (std::int64_t c1 = 0; c1 < P; ++c1) dx_[at + c1] += d * q_[at + c1] + skip * dy_[at + c1];
+      xq[j] = dot(x_ + at, q_ + at, P);
+      if (in_.D != nullptr) dD += static_cast<double>(dot(x_ + at, dy_ + at, P));
+      for (std::int64_t i = at; i < at + P; i += kLanes<A>)
+        store<A>(dx_ + i, load(dx_ + i) + d * load(q_ + i) + skip * load(dy_ + i));
     }
 
     // dB
@@ -237,9 +236,10 @@ class BackwardWalk {
   void gate(std::int64_t batch, std::int64_t first, std::int64_t len, std::int64_t head, A skip,
             A* dnorm) {
     const std::int64_t P = l_.P;
+    constexpr int L = kLanes<A>;
     const bool norm = in_.norm_weight != nullptr;
     if (norm) gather(in_.norm_weight, in_.norm_weight_dtype, head * P, 1, P, weight_);
-    zero(dweight_, P);
+    zero(dweight_, l_.P_pad);
     for (std::int64_t i = 0; i < len; ++i) {
       A* const y = y_ + i * l_.ldp;
       A* const dy = dy_ + i * l_.ldp;
@@ -247,33 +247,29 @@ class BackwardWalk {
       load_row(static_cast<const T*>(in_.z) + batch * in_.z_stride.batch +
                    (first + i) * in_.z_stride.token + head * in_.z_stride.head,
                z_, P);
-      if (in_.D != nullptr)
-#pragma omp simd
-        for (std::int64_t c = 0; c < P; ++c) y[c] += skip * x[c];
-      if (norm) {
-        A square = 0, dot = 0;
-#pragma omp simd reduction(+ : square, dot)
-        for (std::int64_t c = 0; c < P; ++c) {
-          const A u = y[c] * silu(z_[c]);
-          square += u * u;
-          dot += weight_[c] * dy[c] * u;
-        }
-        const A inverse = A(1) / static_cast<A>(P);
-        const A rstd = A(1) / std::sqrt(square * inverse + static_cast<A>(in_.norm_eps));
-        const A mean = dot * inverse * rstd * rstd;
-#pragma omp simd
-        for (std::int64_t c = 0; c < P; ++c) {
-          const A u = y[c] * silu(z_[c]);
-          dweight_[c] += dy[c] * u * rstd;
-          dy[c] = rstd * (weight_[c] * dy[c] - u * mean);
-        }
+      for (std::int64_t c = P; c < l_.P_pad; ++c) y[c] = 0;
+      Vector<A> square{}, product{};
+      for (std::int64_t c = 0; c < P; c += L) {
+        const Vector<A> full = load(y + c) + skip * load(x + c), s = sigmoid_of<A>(load(z_ + c));
+        const Vector<A> u = full * load(z_ + c) * s;
+        square += u * u;
+        product += load(weight_ + c) * load(dy + c) * u;
+        store<A>(y + c, full);
+        store<A>(gate_ + c, s);
       }
-#pragma omp simd
-      for (std::int64_t c = 0; c < P; ++c) {
-        const A s = sigmoid(z_[c]);
-        const A du = dy[c];
-        dy[c] = du * z_[c] * s;
-        z_[c] = du * y[c] * s * (A(1) + z_[c] * (A(1) - s));
+      A rstd = 1, pull = 0;  // du = rstd (w do - u pull)
+      if (norm) {
+        const A inverse = A(1) / static_cast<A>(P);
+        rstd = A(1) / std::sqrt(sum<A>(square) * inverse + static_cast<A>(in_.norm_eps));
+        pull = sum<A>(product) * inverse * rstd * rstd;
+      }
+      for (std::int64_t c = 0; c < P; c += L) {
+        const Vector<A> out = load(y + c), z = load(z_ + c), s = load(gate_ + c);
+        const Vector<A> u = out * z * s, grad = load(dy + c);
+        store<A>(dweight_ + c, load(dweight_ + c) + grad * u * rstd);
+        const Vector<A> du = norm ? rstd * (load(weight_ + c) * grad - u * pull) : grad;
+        store<A>(dy + c, du * z * s);
+        store<A>(z_ + c, du * out * s * (A(1) + z * (A(1) - s)));
       }
       store_row(z_,
                 static_cast<T*>(p_.dz) + ((batch * in_.tokens + first + i) * in_.heads + head) * P,
@@ -287,17 +283,17 @@ class BackwardWalk {
   void weigh_pairs(std::int64_t rows) {
     multiply_lower_output<A>(
         {{dy_, l_.ldp, 1}, x_t_, kSquareRow<A>, F_, kSquareRow<A>, rows, rows, l_.P});
-    A columns[kChunk];
-    zero(columns, kChunk);
+    double columns[kChunk];
+    for (double& c : columns) c = 0;
     for (std::int64_t i = 0; i < rows; ++i) {
       const std::int64_t at = i * kSquareRow<A>;
       A* const f = F_ + at;
-      A sum = 0;
+      double sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (std::int64_t j = 0; j < round_up<std::int64_t>(i + 1, kPad<A>); ++j) {
         const A weighted = f[j] * decay_.d[j];
         const A pair = E_[at + j] * weighted;
-        const A m = j < i ? pair : A(0);
+        const double m = static_cast<double>(j < i ? pair : A(0));
         sum += m;
         columns[j] += m;
         f[j] = L_[at + j] * weighted;
@@ -313,7 +309,7 @@ class BackwardWalk {
     A ddt[kChunk];
     double suffix = 0, prefix = 0, da[kChunk], dA = 0, dbias = 0;
     for (std::int64_t k = len; k-- > 0;) {
-      suffix += static_cast<double>(balance_[k]);
+      suffix += balance_[k];
       da[k] = suffix + through;
     }
     for (std::int64_t k = 0; k < len; ++k) {
@@ -357,15 +353,19 @@ class BackwardWalk {
     }
   }
 
-  A dot(const A* a, const A* b, std::int64_t row) const {
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (std::int64_t c = 0; c < l_.P; ++c) sum += a[row * l_.ldp + c] * b[row * l_.ldp + c];
-    return sum;
+  // a . b over n elements.
+  static A dot(const A* a, const A* b, std::int64_t n) {
+    Vector<A> total{};
+    std::int64_t c = 0;
+    for (; c + kLanes<A> <= n; c += kLanes<A>) total += load(a + c) * load(b + c);
+    A rest = 0;
+    for (; c < n; ++c) rest += a[c] * b[c];
+    return sum<A>(total) + rest;
   }
   double state_dot(const A* a, const A* b) const {
     double sum = 0;
-    for (std::int64_t n = 0; n < l_.N; ++n) sum += static_cast<double>(dot(a, b, n));
+    for (std::int64_t n = 0; n < l_.N; ++n)
+      sum += static_cast<double>(dot(a + n * l_.ldp, b + n * l_.ldp, l_.P));
     return sum;
   }
   static void zero(A* p, std::int64_t n) {
@@ -378,9 +378,10 @@ class BackwardWalk {
   const std::int64_t block_, chunks_;
   Arena<A> arena_;
   Decay<A> decay_;
-  A balance_[kChunk];
+  double balance_[kChunk];
   A *x_, *w_, *y_, *dy_, *edy_, *q_, *dx_, *B_, *C_, *tmp_, *dB_, *dC_, *x_t_, *B_t_;
-  A *scores_, *L_, *E_, *F_, *state_t_, *dstate_t_, *states_, *dstates_, *z_, *weight_, *dweight_;
+  A *scores_, *L_, *E_, *F_, *state_t_, *dstate_t_, *states_, *dstates_, *z_, *gate_, *weight_,
+      *dweight_;
   std::int64_t x_head_, b_head_, c_head_;  // whose tiles are loaded
   bool new_x_;
 };

@@ -154,20 +154,6 @@ void load_tile(const void* base, const SsdStrides& stride, std::int64_t batch, s
     for (std::int64_t c = 0; c < ld; ++c) dst[i * ld + c] = 0;
 }
 
-// log(1 + e) for e in [0, 1]: 2 artanh(e / (2 + e)), exact to rounding for small e too.
-inline float log1p_unit(float e) {
-  const float t = e / (2.0f + e), q = t * t;
-  float p = 1.0f / 15;
-  p = p * q + 1.0f / 13;
-  p = p * q + 1.0f / 11;
-  p = p * q + 1.0f / 9;
-  p = p * q + 1.0f / 7;
-  p = p * q + 1.0f / 5;
-  p = p * q + 1.0f / 3;
-  return 2.0f * t + 2.0f * t * q * p;
-}
-inline double log1p_unit(double e) { return std::log1p(e); }
-
 template <typename A>
 struct Decay {
   A raw[kChunk];                // dt + dt_bias
@@ -184,14 +170,10 @@ struct Decay {
     gather(p.dt, p.dt_dtype, batch * p.dt_stride.batch + first * p.dt_stride.token + head,
            p.dt_stride.token, len, raw);
     for (std::int64_t i = len; i < kChunk; ++i) raw[i] = 0;
-    const bool softplus = p.dt_softplus;
-#pragma omp simd
-    for (std::int64_t i = 0; i < kChunk; ++i) {
-      raw[i] += bias;
-      const A x = raw[i], magnitude = x < 0 ? -x : x;
-      const A small = log1p_unit(fast_exp(-magnitude));
-      const A soft = x < 0 ? small : x + small;
-      d[i] = softplus ? soft : x;
+    for (std::int64_t i = 0; i < kChunk; i += kLanes<A>) {
+      const Vector<A> step = load(raw + i) + bias;
+      store<A>(raw + i, step);
+      store<A>(d + i, p.dt_softplus ? softplus_of<A>(step) : step);
     }
     for (std::int64_t i = len; i < kChunk; ++i) d[i] = 0;
     double s[kChunk], sum = 0;
@@ -205,32 +187,28 @@ struct Decay {
       low[i] = static_cast<A>(s[i] - static_cast<double>(high[i]));
       to_end[i] = static_cast<A>(sum - s[i]);
     }
-#pragma omp simd
-    for (std::int64_t i = 0; i < kChunk; ++i) {
-      from_start[i] = fast_exp(high[i]);
-      to_end[i] = fast_exp(to_end[i]);
+    for (std::int64_t i = 0; i < kChunk; i += kLanes<A>) {
+      store<A>(from_start + i, exp_decay(load(high + i)));
+      store<A>(to_end + i, exp_decay(load(to_end + i)));
     }
     whole = from_start[kChunk - 1];
   }
 };
 
-// Row i of exp(s_i - s_j), up to the end of the vector that holds j = i; what lies right of the
-// diagonal is not meant to be read.
+// Of exp(s_i - s_j), the vector at column j; what lies right of the diagonal is not meant to be
+// read.
 template <typename A>
-inline void decay_row(const Decay<A>& decay, std::int64_t i, A* __restrict row) {
-  const A high = decay.high[i], low = decay.low[i];
-  const std::int64_t n = round_up<std::int64_t>(i + 1, kPad<A>);
-#pragma omp simd
-  for (std::int64_t j = 0; j < n; ++j)
-    row[j] = fast_exp((high - decay.high[j]) + (low - decay.low[j]));
+inline Vector<A> decays(const Decay<A>& decay, std::int64_t i, std::int64_t j) {
+  return exp_decay((decay.high[i] - load(decay.high + j)) + (decay.low[i] - load(decay.low + j)));
 }
 
+// out = scale * in, row by row, whole vectors.
 template <typename A>
 inline void scale_rows(const A* scale, const A* in, A* out, std::int64_t ld, std::int64_t rows,
                        std::int64_t cols) {
   for (std::int64_t i = 0; i < rows; ++i)
-#pragma omp simd
-    for (std::int64_t c = 0; c < cols; ++c) out[i * ld + c] = scale[i] * in[i * ld + c];
+    for (std::int64_t c = i * ld; c < i * ld + cols; c += kLanes<A>)
+      store<A>(out + c, scale[i] * load(in + c));
 }
 
 // scores[i][j] = C_i . B_j on and below the diagonal; B_t is B transposed.

@@ -60,11 +60,9 @@ class ForwardWalk {
     load_groups(batch, first, len, head, rows);
     decay_.compute(p_, batch, first, len, head);
     for (std::int64_t i = 0; i < rows; ++i) {
-      A* const row = E_ + i * kSquareRow<A>;
-      const A* const score = scores_ + i * kSquareRow<A>;
-      decay_row(decay_, i, row);
-#pragma omp simd
-      for (std::int64_t j = 0; j < round_up<std::int64_t>(i + 1, kPad<A>); ++j) row[j] *= score[j];
+      const std::int64_t at = i * kSquareRow<A>;
+      for (std::int64_t j = 0; j <= i; j += kLanes<A>)
+        store<A>(E_ + at + j, decays(decay_, i, j) * load(scores_ + at + j));
     }
     scale_rows(decay_.d, x_, w_, l_.ldp, rows, l_.P_pad);
     output_tile(l_, E_, w_, C_, live ? state : nullptr, decay_, rows, y_);
@@ -89,6 +87,7 @@ class ForwardWalk {
 
   // y + D x, the gate, the norm over the head, one rounding.
   void epilogue(std::int64_t batch, std::int64_t first, std::int64_t len, std::int64_t head) {
+    constexpr int L = kLanes<A>;
     const std::int64_t P = l_.P;
     const A skip = element<A>(p_.D, p_.d_dtype, head);
     if (p_.norm_weight != nullptr)
@@ -96,23 +95,25 @@ class ForwardWalk {
     for (std::int64_t i = 0; i < len; ++i) {
       A* const y = y_ + i * l_.ldp;
       const A* const x = x_ + i * l_.ldp;
-      if (p_.D != nullptr)
-#pragma omp simd
-        for (std::int64_t c = 0; c < P; ++c) y[c] += skip * x[c];
-      if (p_.z != nullptr) {
+      const A* const z = z_;
+      if (p_.z != nullptr)
         load_row(static_cast<const T*>(p_.z) + batch * p_.z_stride.batch +
                      (first + i) * p_.z_stride.token + head * p_.z_stride.head,
                  z_, P);
-#pragma omp simd
-        for (std::int64_t c = 0; c < P; ++c) y[c] *= silu(z_[c]);
+      for (std::int64_t c = P; c < l_.P_pad; ++c) y[c] = 0;
+      Vector<A> square{};
+      for (std::int64_t c = 0; c < P; c += L) {
+        Vector<A> u = load(y + c);
+        if (p_.D != nullptr) u += skip * load(x + c);
+        if (p_.z != nullptr) u *= load(z + c) * sigmoid_of<A>(load(z + c));
+        square += u * u;
+        store<A>(y + c, u);
       }
       if (p_.norm_weight != nullptr) {
-        A square = 0;
-#pragma omp simd reduction(+ : square)
-        for (std::int64_t c = 0; c < P; ++c) square += y[c] * y[c];
-        const A rstd = A(1) / std::sqrt(square / static_cast<A>(P) + static_cast<A>(p_.norm_eps));
-#pragma omp simd
-        for (std::int64_t c = 0; c < P; ++c) y[c] *= weight_[c] * rstd;
+        const A mean = sum<A>(square) / static_cast<A>(P);
+        const A rstd = A(1) / std::sqrt(mean + static_cast<A>(p_.norm_eps));
+        for (std::int64_t c = 0; c < P; c += L)
+          store<A>(y + c, load(y + c) * load(weight_ + c) * rstd);
       }
       store_row(y, static_cast<T*>(p_.y) + ((batch * p_.tokens + first + i) * p_.heads + head) * P,
                 P);

@@ -7,45 +7,19 @@
 
 #include <cstdint>
 
+#include "ssd_scan/ssd_scan_simd.h"
+
 namespace zebra::ZEBRA_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kPanel = 4;  // 4 x 4 accumulators of 32 registers
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kPanel = 2;  // 4 x 2 of 16
+constexpr int kPanel = 4;  // vectors of a register block: 4 x 4 accumulators of 32 registers
 #else
-constexpr int kVectorBytes = 16, kPanel = 2;
+constexpr int kPanel = 2;  // 4 x 2 of 16
 #endif
-constexpr int kRows = 4;  // rows of one register block
-
-template <typename A>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-  typedef std::int32_t index __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
-  typedef std::int64_t index __attribute__((vector_size(kVectorBytes)));
-};
-template <typename A>
-using Vector = typename VectorOf<A>::type;
-template <typename A>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+constexpr int kRows = 4;  // rows of a register block
 template <typename A>
 constexpr int kPad = kLanes<A> < kRows ? kRows : kLanes<A>;
-
-template <typename A>
-inline Vector<A> load(const A* p) {
-  return *reinterpret_cast<const Vector<A>*>(p);
-}
-template <typename A>
-inline void store(A* p, const Vector<A>& v) {
-  *reinterpret_cast<Vector<A>*>(p) = v;
-}
 
 // Which elements of the left operand take part.  kLower: k <= row; kUpper: k >= row.  The rest is
 // not read into the sum at all, so that a NaN there stays there.
@@ -158,17 +132,15 @@ template <typename A>
 void transpose(const A* in, std::int64_t ldi, A* out, std::int64_t ldo, std::int64_t rows,
                std::int64_t cols) {
   constexpr int L = kLanes<A>;
-  using Index = typename VectorOf<A>::index;
   for (std::int64_t r0 = 0; r0 < rows; r0 += L)
     for (std::int64_t c0 = 0; c0 < cols; c0 += L) {
-      typedef A Aligned __attribute__((vector_size(kVectorBytes)));
-      Aligned v[L];
+      Vector<A> v[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) v[i] = (Aligned)load(in + (r0 + i) * ldi + c0);
+      for (int i = 0; i < L; ++i) v[i] = load(in + (r0 + i) * ldi + c0);
     // Stage w swaps the off-diagonal halves of every 2w x 2w block.
 #pragma GCC unroll 4
       for (int w = 1; w < L; w *= 2) {
-        Index low, high;
+        Index<A> low, high;
 #pragma GCC unroll 16
         for (int l = 0; l < L; ++l) {
           low[l] = (l & w) ? L + l - w : l;
@@ -177,13 +149,13 @@ void transpose(const A* in, std::int64_t ldi, A* out, std::int64_t ldo, std::int
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
           if (i & w) continue;
-          const Aligned a = v[i], b = v[i + w];
+          const Vector<A> a = v[i], b = v[i + w];
           v[i] = __builtin_shuffle(a, b, low);
           v[i + w] = __builtin_shuffle(a, b, high);
         }
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(out + (c0 + i) * ldo + r0, (Vector<A>)v[i]);
+      for (int i = 0; i < L; ++i) store(out + (c0 + i) * ldo + r0, v[i]);
     }
 }
 

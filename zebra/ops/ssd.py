@@ -200,7 +200,6 @@ def _chunked_scan(
     cut = None if cu_seqlens is None else _cut(cu_seqlens, tokens, chunk)
 
     def chunks_of(t: Tensor) -> Tensor:  # [B, T, heads, k] to [B, chunks, heads, Q, k]
-        t = _wide(t)
         if cut is None:
             t = F.pad(t, (0, 0, 0, 0, 0, -tokens % chunk))
         else:
@@ -208,7 +207,9 @@ def _chunked_scan(
         t = t.unflatten(1, (-1, chunk)).transpose(2, 3)
         return t.repeat_interleave(heads // t.size(2), dim=2)
 
-    xs, Bs, Cs, step = chunks_of(x), chunks_of(B), chunks_of(C), chunks_of(d[..., None])
+    xw = _wide(x)
+    xs, Bs, Cs = chunks_of(xw), chunks_of(_wide(B)), chunks_of(_wide(C))
+    step = chunks_of(d[..., None])
     s = (step.squeeze(-1).double() * A.double()[:, None]).cumsum(-1)  # [B, chunks, H, Q]
     # s = high + low keeps s_i - s_j exact in fp32 after a huge step, at half the memory of fp64.
     high = s.to(xs.dtype)
@@ -234,7 +235,7 @@ def _chunked_scan(
     y = (y + decayed @ torch.stack(before, 1).mT).transpose(2, 3).flatten(1, 2)
     y = y[:, :tokens] if cut is None else y[:, cut.place]
     if D is not None:
-        y = y + _wide(D)[:, None] * _wide(x).repeat_interleave(heads // x.size(2), dim=2)
+        y = y + _wide(D)[:, None] * xw.repeat_interleave(heads // x.size(2), dim=2)
     return reference.gated_norm(y, z, norm_weight, norm_eps).to(x.dtype), state
 
 
