@@ -148,12 +148,14 @@ def _convert(name: str, default: Any, value: Any) -> Any:
         ) from None
 
 
-def read_recipe(path: str | Path) -> list[DistillConfig]:
+def read_recipe(
+    path: str | Path, overrides: Mapping[str, Any] | None = None
+) -> list[DistillConfig]:
     """Read a YAML recipe: one stage, or a list of them under ``stages``.
 
     Keys outside ``stages`` hold for every stage.  A stage that names no ``student`` goes on from
     the stage before; one that names no ``out`` writes into the recipe's ``out`` under its number
-    and name.
+    and name.  ``overrides`` (the command line's flags) hold over all of it.
 
     Returns:
         The stages in the order they run.
@@ -169,16 +171,16 @@ def read_recipe(path: str | Path) -> list[DistillConfig]:
         raise ValueError(f"zebra.read_recipe: {path} must be a YAML file, got {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"zebra.read_recipe: {path} must hold a mapping, got {recipe!r}")
-    stages = recipe.pop("stages", None)
+    stages, overrides = recipe.pop("stages", None), overrides or {}
     if stages is None:
-        return [DistillConfig.from_mapping(recipe)]
+        return [DistillConfig.from_mapping({**recipe, **overrides})]
     if not isinstance(stages, list) or not all(isinstance(s, dict) for s in stages) or not stages:
         raise ValueError(f"zebra.read_recipe: stages must be a list of mappings, got {stages!r}")
     configs: list[DistillConfig] = []
     for number, own in enumerate(stages, start=1):
-        merged = {**recipe, **own}
-        if "out" not in own and "out" in recipe:
-            merged["out"] = str(Path(recipe["out"]) / f"{number}-{merged.get('stage', 'kd')}")
+        merged = {**recipe, **own, **overrides}
+        if "out" not in own and "out" in merged:
+            merged["out"] = str(Path(merged["out"]) / f"{number}-{merged.get('stage', 'kd')}")
         if "student" not in own and configs:
             merged["student"] = configs[-1].out
         configs.append(DistillConfig.from_mapping(merged))
