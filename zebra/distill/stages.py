@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,16 +34,36 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     teacher = load_model(config.teacher, config.device, config.precision)
     student = load_model(config.student, config.device, "fp32")
     tokenizer = load_tokenizer(config.student)
-    teacher.requires_grad_(False)
-    check_pair(teacher, student, config.stage)
     stream = open_stream(config, tokenizer)
+    with objective(student, teacher, config) as loss:
+        return train(student, tokenizer, loss, stream, config, label=config.stage)
+
+
+@contextlib.contextmanager
+def objective(student: Any, teacher: Any, config: DistillConfig) -> Iterator[LossFunction]:
+    """Yield the stage's loss, with gradients on for what the stage trains and off for the rest.
+
+    Layer-wise distillation trains the layers, not the embedding, final norm and output head;
+    end-to-end distillation trains everything.
+
+    Args:
+        student: The model to train.
+        teacher: The model to learn from.
+        config: Names the stage and its constants.
+
+    Raises:
+        ValueError: The models do not fit together.
+    """
+    check_pair(teacher, student, config.stage)
+    teacher.requires_grad_(False)
     if config.stage == "kd":
-        loss = kd_objective(student, teacher, config)
-        return train(student, tokenizer, loss, stream, config, label="kd")
+        student.requires_grad_(True)
+        yield kd_objective(student, teacher, config)
+        return
+    student.requires_grad_(False)
+    student.base_model.layers.requires_grad_(True)
     with LayerTaps(teacher) as seen, LayerTaps(student) as made:
-        loss = ild_objective(student, teacher, made, seen, config.ild_form)
-        layers = student.base_model.layers.parameters()
-        return train(student, tokenizer, loss, stream, config, layers, label="ild")
+        yield ild_objective(student, teacher, made, seen, config.ild_form)
 
 
 def ild_objective(

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,17 @@ def train(
     loss_function: LossFunction,
     stream: PackedTokens,
     config: TrainConfig,
-    parameters: Iterable[nn.Parameter] | None = None,
     label: str = "train",
 ) -> dict[str, Any]:
     """Minimise ``loss_function`` over ``stream`` with AdamW, resuming if ``config.out`` has a run.
 
     Args:
-        model: The ``PreTrainedModel`` to train, on its device; its weights are updated in place.
+        model: The ``PreTrainedModel`` to train, on its device; those of its weights that require a
+            gradient are updated in place.
         tokenizer: Saved with every checkpoint and with the final model.
         loss_function: From token ids [batch, length] int64 to the mean loss of a micro-batch.
         stream: The packed tokens; its position is set by a resumed checkpoint.
         config: The run's constants.
-        parameters: What to train; all that require a gradient if None.
         label: Name on the progress bar.
 
     Returns:
@@ -74,7 +73,7 @@ def train(
         return finished
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
-    trained = [p for p in (parameters or model.parameters()) if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         trained,
         lr=config.learning_rate,

@@ -1,0 +1,158 @@
+"""The demo's report: the summary table and the figure, both made from report.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+UNIFORM_BITS = 8.0  # what a byte costs without any model
+INK, MUTED, GRID = "#1d2733", "#6b7785", "#e3e7ec"
+TEACHER, HYBRID, FAINT = "#6b7785", "#0f766e", "#c9d3dd"
+# What the figure and the table call each score of the report, in the order they came about.
+SCORES = {
+    "hybrid_init_bpb": "hybrid, converted",
+    "hybrid_ild_bpb": "hybrid, after ILD",
+    "hybrid_kd_bpb": "hybrid, after KD",
+    "teacher_bpb": "teacher",
+}
+
+
+def kept_percent(teacher_bpb: float, hybrid_bpb: float) -> float:
+    """Return the share of the teacher's compression that the hybrid has, in per cent.
+
+    Equation::
+
+        100 * (8 - hybrid) / (8 - teacher)
+
+    8 bits per byte is no model at all; 100 % is the teacher.
+    """
+    return 100 * (UNIFORM_BITS - hybrid_bpb) / (UNIFORM_BITS - teacher_bpb)
+
+
+def summary_table(report: Mapping[str, Any]) -> str:
+    """Return the report as a few aligned lines of text."""
+    lines = ["", f"  {'held-out text':<22}{'bits/byte':>10}{'of the teacher':>17}"]
+    for key, name in SCORES.items():
+        kept = kept_percent(report["teacher_bpb"], report[key])
+        lines.append(f"  {name:<22}{report[key]:>10.3f}{kept:>15.1f} %")
+    lines += [
+        "",
+        f"  KV cache    {report['kv_bytes_per_token']:,} bytes per token, "
+        f"{report['kv_percent']:.2f} % of the teacher's {report['teacher_kv_bytes_per_token']:,}",
+        f"  state       {report['state_bytes_per_sequence']:,} bytes per sequence, at any length",
+        f"  parameters  {report['parameters']['hybrid']:,} (teacher "
+        f"{report['parameters']['teacher']:,}), layers {' '.join(report['layout'])}",
+        f"  time        {report['seconds']:.0f} s: "
+        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["stage_seconds"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plot_report(report: Mapping[str, Any], path: Path) -> None:
+    """Draw the report: scores, learning curves, and cache against context length.
+
+    Args:
+        report: What the demo found (see ``report.json``).
+        path: The PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {
+        "font.size": 10,
+        "text.color": INK,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "legend.frameon": False,
+    }
+    with plt.rc_context(style):
+        figure, (scores, curves, cache) = plt.subplots(
+            1, 3, figsize=(14, 4.6), width_ratios=(1.15, 1, 1), layout="constrained"
+        )
+        kept = kept_percent(report["teacher_bpb"], report["hybrid_kd_bpb"])
+        figure.suptitle(
+            f"A hybrid with {report['kv_percent']:.1f} % of the KV cache keeps {kept:.1f} % of "
+            "what its teacher learnt",
+            x=0.01,
+            ha="left",
+            fontsize=15,
+            fontweight="bold",
+        )
+        _draw_scores(scores, report)
+        _draw_curves(curves, report)
+        _draw_cache(cache, report)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def _draw_scores(axes: Any, report: Mapping[str, Any]) -> None:
+    values = [report[key] for key in SCORES]
+    colours = [FAINT, "#7fbdb6", HYBRID, TEACHER]
+    bars = axes.barh(list(SCORES.values()), values, color=colours, height=0.62)
+    axes.bar_label(bars, labels=[f"{value:.3f}" for value in values], padding=5, fontweight="bold")
+    axes.axvline(report["teacher_bpb"], color=TEACHER, linewidth=1, linestyle=(0, (4, 3)))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(values))
+    axes.set_title("Held-out text, bits per byte (lower is better)")
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+
+
+def _draw_curves(axes: Any, report: Mapping[str, Any]) -> None:
+    axes.set_title("Losses of the two stages")
+    axes.set_xlabel("share of the stage's steps")
+    axes.set_ylabel("KL to the teacher, nats per token", color=HYBRID)
+    axes.set_yscale("log")
+    axes.grid(axis="y", color=GRID, which="both", linewidth=0.6)
+    other = axes.twinx()
+    other.spines["right"].set_visible(True)
+    other.set_ylabel("ILD, mean distance summed over layers", color="#b45309")
+    for target, stage, colour in ((axes, "kd", HYBRID), (other, "ild", "#b45309")):
+        losses = _smooth(report["losses"][stage])
+        shares = [100 * (i + 1) / len(losses) for i in range(len(losses))]
+        target.plot(shares, losses, color=colour, linewidth=2, label=stage.upper())
+    axes.xaxis.set_major_formatter("{x:.0f} %")
+
+
+def _draw_cache(axes: Any, report: Mapping[str, Any]) -> None:
+    contexts = [2**k for k in range(6, 18)]
+    state, mib = report["state_bytes_per_sequence"], 2**20
+    teacher = [report["teacher_kv_bytes_per_token"] * n / mib for n in contexts]
+    hybrid = [(state + report["kv_bytes_per_token"] * n) / mib for n in contexts]
+    axes.plot(contexts, teacher, color=TEACHER, linewidth=2, label="teacher: KV cache")
+    axes.plot(contexts, hybrid, color=HYBRID, linewidth=2.5, label="hybrid: latents + states")
+    axes.fill_between(contexts, hybrid, teacher, color=HYBRID, alpha=0.07)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlim(contexts[0], contexts[-1])
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_title("Memory of one sequence, MiB")
+    axes.set_xlabel("context, tokens")
+    axes.legend(loc="upper left")
+    ratio = teacher[-1] / hybrid[-1]
+    axes.annotate(
+        f"{ratio:.0f}x less at {contexts[-1] // 1024}K",
+        (contexts[-1], (teacher[-1] * hybrid[-1]) ** 0.5),
+        xytext=(-8, 0),
+        textcoords="offset points",
+        ha="right",
+        color=HYBRID,
+        fontweight="bold",
+    )
+
+
+def _smooth(losses: list[float]) -> list[float]:
+    """Average each loss with the ones around it: 2 % of the curve to either side."""
+    reach = len(losses) // 50
+    windows = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
+    return [sum(window) / len(window) for window in windows]
