@@ -116,10 +116,11 @@ def _model_facts(path: str) -> dict[str, Any]:
         facts["layout"] = " ".join(config.layer_types)
         facts["kv_cache"] = zebra.models.kv_cache_report(config)
     else:
-        from zebra.report import attention_kv_elements, parameter_count
-
-        facts["parameters"] = parameter_count(config)
-        facts["kv_cache"] = {"bytes_per_token": 2 * attention_kv_elements(config)}
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        width = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        facts["kv_cache"] = {"bytes_per_token": 2 * width}  # keys and values in bf16
     return facts
 
 
@@ -137,6 +138,87 @@ def _print_facts(facts: Any, indent: str = "") -> None:
             print(f"{indent}{key}: {value:,}")
         else:
             print(f"{indent}{key}: {value}")
+
+
+# ---------------------------------------------------------------- convert
+
+
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("teacher", help="folder or hub name: dense Llama, Mistral, Qwen2 or Qwen3")
+    parser.add_argument("out", help="folder to write the hybrid to; must not hold a model")
+    parser.add_argument(
+        "--layout",
+        required=True,
+        help="a published layout (8b-8mla-24m2), the type of every layer (mla,mamba2,mamba2,mla), "
+        "or shares (mla=0.25,mamba2=0.75)",
+    )
+    for name, what in (
+        ("kv-lora-rank", "width of the cached latent, a multiple of 16"),
+        ("q-lora-rank", "query rank of MLA layers"),
+        ("qk-rope-head-dim", "rotated channels of MLA layers"),
+    ):
+        parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the layout's)")
+    parser.add_argument(
+        "--rope-aware", action="store_true", help="pick rope channels by the teacher's frequencies"
+    )
+    parser.add_argument("--lossy", action="store_true", help="accept biases and qk-norm, dropped")
+    parser.add_argument("--seed", type=int, default=0, help="of the random parts (default 0)")
+    parser.add_argument("--device", help="where the SVDs run (default: where the teacher is)")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    import shutil
+
+    from zebra.distill.checkpoint import make_durable, save_model
+    from zebra.distill.stages import load_tokenizer
+    from zebra.init.convert import convert
+    from zebra.models import kv_cache_report
+
+    _quiet_libraries()
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out must be a new or empty folder, got {out}")
+    tokenizer = load_tokenizer(args.teacher)
+    model = convert(
+        args.teacher,
+        parse_layout(args.layout),
+        q_lora_rank=args.q_lora_rank,
+        kv_lora_rank=args.kv_lora_rank,
+        qk_rope_head_dim=args.qk_rope_head_dim,
+        rope_aware=args.rope_aware,
+        lossy=args.lossy,
+        seed=args.seed,
+        device=args.device,
+        progress=True,
+    )
+    aside = out.with_name(f".writing-{out.name}")  # so that out, once there, is whole
+    shutil.rmtree(aside, ignore_errors=True)
+    save_model(aside, model, tokenizer)
+    make_durable(aside)
+    if out.exists():
+        out.rmdir()
+    aside.rename(out)
+    cache = kv_cache_report(model.config)
+    print(
+        f"{out}: {cache['parameters']:,} parameters, {cache['bytes_per_token']:,} bytes of KV "
+        f"cache per token, {cache['percent_of_teacher']:.2f} % of the teacher's"
+    )
+
+
+def parse_layout(text: str) -> str | list[str] | dict[str, float]:
+    """Read ``--layout``: a preset's name, layer types, or shares of them.
+
+    Raises:
+        ValueError: A share is no number.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if "=" in text:
+        try:
+            pairs = [part.split("=") for part in parts]
+            return {name: float(share) for name, share in pairs}
+        except ValueError:
+            raise ValueError(f"layout must have shares like mla=0.25, got {text!r}") from None
+    return parts if len(parts) > 1 or text in ("mla", "mamba2", "attention") else text
 
 
 # ---------------------------------------------------------------- distill
@@ -214,8 +296,9 @@ def _eval(args: argparse.Namespace) -> None:
         progress=True,
     )
     print(
-        f"{args.model}: {score.bits_per_byte:.4f} bits per byte ({score.nats_per_token:.4f} nats per "
-        f"token; {score.tokens:,} tokens, {score.bytes:,} bytes, {score.documents} documents)"
+        f"{args.model}: {score.bits_per_byte:.4f} bits per byte "
+        f"({score.nats_per_token:.4f} nats per token; {score.tokens:,} tokens, "
+        f"{score.bytes:,} bytes, {score.documents} documents)"
     )
     if args.out:
         write_text(Path(args.out), json.dumps(score._asdict(), indent=2) + "\n")

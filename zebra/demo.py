@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from zebra.data import byte_tokenizer
 from zebra.distill import DistillConfig, LossFunction, TrainConfig, next_token_loss
 from zebra.distill.checkpoint import write_text
-from zebra.distill.stages import load_model, load_tokenizer, objective, open_stream
+from zebra.distill.stages import load_model, objective, open_stream
 from zebra.distill.train import read_metrics, train
 from zebra.report import plot_report, summary_table
 
@@ -310,14 +310,14 @@ class _Demo:
 
     # ------------------------------------------------------------ plumbing
 
-    def _config(self, kind: Any, stage: str, steps: int, **values: Any) -> Any:
+    def _config(self, kind: Any, phase: str, steps: int, **values: Any) -> Any:
         common = {
             "out": str(self.models["teacher"]),
             "data": self.plan.data,
             "steps": steps,
             "batch": self.plan.batch,
             "length": self.plan.length,
-            "learning_rate": self.plan.learning_rates[STAGES.index(stage)],
+            "learning_rate": self.plan.learning_rates[STAGES.index(phase)],
             "warmup": 0.05,
             "final_rate": 0.05,
             "beta2": 0.98,  # short runs: 0.999 would average over more steps than there are

@@ -2,7 +2,6 @@
 
 from zebra.distill.config import DistillConfig, TrainConfig
 from zebra.distill.loss import ild_loss, kl_loss, next_token_loss
-
 from zebra.distill.train import LossFunction
 
 __all__ = [

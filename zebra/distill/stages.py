@@ -143,8 +143,9 @@ def load_model(path: str, device: str, precision: str = "fp32") -> Any:
     Raises:
         ValueError: There is no such model.
     """
-    import zebra.models  # noqa: F401  (registers the Zebra classes)
     from transformers import AutoModelForCausalLM
+
+    import zebra.models  # noqa: F401  (registers the Zebra classes)
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
