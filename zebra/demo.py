@@ -26,7 +26,7 @@ from zebra.data import byte_tokenizer
 from zebra.distill import DistillConfig, LossFunction, TrainConfig, next_token_loss
 from zebra.distill.checkpoint import write_text
 from zebra.distill.stages import load_model, objective, open_stream
-from zebra.distill.train import read_metrics, train
+from zebra.distill.train import DONE_FILE, read_metrics, train
 from zebra.report import plot_report, summary_table
 
 Run = Callable[[Sequence[str]], int]  # the command line: arguments after "zebra" -> exit code
@@ -148,6 +148,8 @@ class _Demo:
     # ------------------------------------------------------------ stages
 
     def _train_teacher(self) -> None:
+        if (self.models["teacher"] / DONE_FILE).is_file():
+            return
         plan, tokenizer = self.plan, byte_tokenizer()
         model = _llama(plan, tokenizer).to(self.device)
         weight, base = model.get_output_embeddings().weight, model.base_model
@@ -162,7 +164,9 @@ class _Demo:
         print(
             f"Train a Llama teacher ({model.num_parameters():,} parameters) -> {self.out}/teacher"
         )
-        config = self._config(TrainConfig, "teacher", self._steps("teacher", model, loss))
+        if "teacher" not in self.state["steps"]:
+            self._choose_steps("teacher", model, loss)
+        config = self._config(TrainConfig, "teacher", self.state["steps"]["teacher"])
         train(model, tokenizer, loss, open_stream(config, tokenizer), config, label="teacher")
 
     def _convert(self) -> None:
@@ -178,14 +182,16 @@ class _Demo:
             )
 
     def _distill(self, stage: str, student: Path, to: Path) -> None:
+        if (to / DONE_FILE).is_file():
+            return
         models = {"teacher": str(self.models["teacher"]), "student": str(student), "stage": stage}
         if stage not in self.state["steps"]:
             teacher = load_model(models["teacher"], self.device, self.state["precision"])
             model = load_model(models["student"], self.device)
             config = self._config(DistillConfig, stage, 1, out=str(to), **models)
             with objective(model, teacher, config) as loss:
-                self._steps(stage, model, loss)
-        steps = self._steps(stage, None, None)
+                self._choose_steps(stage, model, loss)
+        steps = self.state["steps"][stage]
         config = self._config(DistillConfig, stage, steps, out=str(to), **models)
         self._zebra("distill", *_flags(config))
 
@@ -269,22 +275,19 @@ class _Demo:
             self.state["seconds"][stage] = time.perf_counter() - started
             self._save()
 
-    def _steps(self, stage: str, model: Any, loss: LossFunction | None) -> int:
-        """Return the stage's steps; the first time, measure how many fit its share of the time."""
+    def _choose_steps(self, stage: str, model: Any, loss: LossFunction) -> None:
+        """Set the stage's steps: as many as fit its share of the time left on this machine."""
         index = STAGES.index(stage)
         least, most = self.plan.least_steps[index], self.plan.most_steps[index]
-        if stage not in self.state["steps"]:
-            assert loss is not None
-            steps = least
-            if most > least:
-                spent = sum(self.state["seconds"].values())
-                left = TARGET_SECONDS - RESERVED_SECONDS - spent
-                budget = left * self.plan.shares[index] / sum(self.plan.shares[index:])
-                each = self._seconds_per_step(model, loss, self.state["precision"])
-                steps = min(most, max(least, int(budget / each)))
-            self.state["steps"][stage] = steps
-            self._save()
-        return int(self.state["steps"][stage])
+        steps = least
+        if most > least:
+            spent = sum(self.state["seconds"].values())
+            left = TARGET_SECONDS - RESERVED_SECONDS - spent
+            budget = left * self.plan.shares[index] / sum(self.plan.shares[index:])
+            each = self._seconds_per_step(model, loss, self.state["precision"])
+            steps = min(most, max(least, int(budget / each)))
+        self.state["steps"][stage] = steps
+        self._save()
 
     def _faster_precision(self, model: Any, loss: LossFunction) -> str:
         """Return "bf16" where this machine has fast bf16 arithmetic, else "fp32"; by measuring."""

@@ -68,10 +68,13 @@ def bits_per_byte(
         text = document.text if max_bytes is None else _cut(document.text, max_bytes - counted)
         if not text:
             break
+        whole = len(text) == len(document.text)
         counted += len(text.encode("utf-8", "surrogatepass"))
         used += 1
         ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         windows += [ids[i : i + context + 1] for i in range(0, len(ids) - 1, context)]
+        if not whole:
+            break
     if not windows:
         raise ValueError("zebra.evaluate: the documents must hold text, got none")
     tokens = sum(len(window) - 1 for window in windows)

@@ -101,6 +101,13 @@ def test_pack_puts_every_document_between_bos_and_eos(tokenizer):
     assert tokens.tolist() == [256, 104, 105, 257, 256, 0xC3, 0xA9, 257]
 
 
+def test_bytes_are_packed_as_the_tokenizer_would_encode_them(reloaded):
+    documents = [d for d in read_documents(["stdlib:heldout"]) if len(d.text) < 5000]
+    encoded = reloaded([d.text for d in documents], add_special_tokens=False)["input_ids"]
+    expected = [token for ids in encoded for token in [256, *ids, 257]]
+    assert pack(documents, reloaded).tolist() == expected
+
+
 def test_an_epoch_takes_every_block_once_and_the_next_is_in_another_order():
     stream = PackedTokens(np.arange(107, dtype=np.int32), 10, seed=3)
     first, second = (stream.take(10) for _ in range(2))

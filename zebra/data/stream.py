@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zebra.data.corpus import Document
+from zebra.data.tokenizer import is_byte_tokenizer
 
 DOCUMENTS_PER_CALL = 64  # documents given to the tokenizer at once: keeps its threads busy
 
@@ -29,10 +30,16 @@ def pack(documents: Iterable[Document], tokenizer: Any) -> np.ndarray[Any, np.dt
     parts: list[np.ndarray[Any, np.dtype[np.int32]]] = []
     batch: list[str] = []
 
+    bytewise = is_byte_tokenizer(tokenizer)  # then there is nothing to look up, 50 times faster
+
     def flush() -> None:
         if batch:
-            encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-            parts.extend(np.asarray([*before, *ids, *after], dtype=np.int32) for ids in encoded)
+            encoded = (
+                [np.frombuffer(text.encode(), dtype=np.uint8) for text in batch]
+                if bytewise
+                else tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            )
+            parts.extend(np.concatenate([before, ids, after]).astype(np.int32) for ids in encoded)
             batch.clear()
 
     for document in documents:

@@ -20,6 +20,19 @@ def _printable_bytes() -> list[str]:
     return [names[b] for b in range(256)]
 
 
+def _byte_vocabulary() -> dict[str, int]:
+    return {symbol: byte for byte, symbol in enumerate(_printable_bytes())}
+
+
+def is_byte_tokenizer(tokenizer: Any) -> bool:
+    """Say whether a tokenizer is :func:`byte_tokenizer`'s: its tokens are the bytes of the text.
+
+    With no entry beyond the bytes and the specials nothing can be merged.
+    """
+    specials = {token: 256 + i for i, token in enumerate(SPECIALS)}
+    return bool(tokenizer.get_vocab() == _byte_vocabulary() | specials)
+
+
 def byte_tokenizer() -> Any:
     """Build a tokenizer whose token i is byte i of the UTF-8 text; bos, eos and pad follow.
 
@@ -33,8 +46,7 @@ def byte_tokenizer() -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {symbol: byte for byte, symbol in enumerate(_printable_bytes())}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIALS])

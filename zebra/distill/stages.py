@@ -150,7 +150,7 @@ def load_model(path: str, device: str, precision: str = "fp32") -> Any:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"zebra: {path!r} must be a model folder or hub name: {error}") from error
     return model.to(device).eval()
 
@@ -165,5 +165,5 @@ def load_tokenizer(path: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"zebra: {path!r} must hold a tokenizer: {error}") from error
