@@ -179,7 +179,7 @@ def _convert(args: argparse.Namespace) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or empty folder, got {out}")
     tokenizer = load_tokenizer(args.teacher)
-    model = convert(
+    model: Any = convert(
         args.teacher,
         parse_layout(args.layout),
         q_lora_rank=args.q_lora_rank,
@@ -375,8 +375,9 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _quiet_libraries() -> None:
     """Leave the screen to our own progress bars."""
-    from transformers.utils import logging
+    from transformers.utils import logging as module
 
+    logging: Any = module
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

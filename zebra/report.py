@@ -62,7 +62,7 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 10,
         "text.color": INK,
         "axes.edgecolor": MUTED,

@@ -55,7 +55,8 @@ def byte_tokenizer() -> Any:
         pair=f"{BOS} $A {BOS} $B",
         special_tokens=[(BOS, core.token_to_id(BOS))],
     )
-    return PreTrainedTokenizerFast(
+    wrap: Any = PreTrainedTokenizerFast
+    return wrap(
         tokenizer_object=core,
         bos_token=BOS,
         eos_token=EOS,

@@ -149,7 +149,7 @@ def load_model(path: str, device: str, precision: str = "fp32") -> Any:
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"zebra: {path!r} must be a model folder or hub name: {error}") from error
     return model.to(device).eval()
