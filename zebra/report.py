@@ -8,7 +8,7 @@ from typing import Any
 
 UNIFORM_BITS = 8.0  # what a byte costs without any model
 INK, MUTED, GRID = "#1d2733", "#6b7785", "#e3e7ec"
-TEACHER, HYBRID, FAINT = "#6b7785", "#0f766e", "#c9d3dd"
+TEACHER, HYBRID, ILD, FAINT = "#6b7785", "#0f766e", "#b45309", "#c9d3dd"
 # What the figure and the table call each score of the report, in the order they came about.
 SCORES = {
     "hybrid_init_bpb": "hybrid, converted",
@@ -78,7 +78,7 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
     }
     with plt.rc_context(style):
         figure, (scores, curves, cache) = plt.subplots(
-            1, 3, figsize=(14, 4.6), width_ratios=(1.15, 1, 1), layout="constrained"
+            1, 3, figsize=(14, 5), width_ratios=(1.15, 1, 1), layout="constrained"
         )
         kept = kept_percent(report["teacher_bpb"], report["hybrid_kd_bpb"])
         figure.suptitle(
@@ -89,6 +89,15 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
             fontsize=15,
             fontweight="bold",
         )
+        figure.supxlabel(
+            f"{report['parameters']['teacher'] / 1e6:.1f} M-parameter Llama trained on the Python "
+            f"standard library's source; layers {' '.join(report['layout'])}; "
+            f"{report['seconds']:.0f} s in all on {report['device']}",
+            x=0.01,
+            ha="left",
+            fontsize=9,
+            color=MUTED,
+        )
         _draw_scores(scores, report)
         _draw_curves(curves, report)
         _draw_cache(cache, report)
@@ -98,7 +107,7 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
 
 def _draw_scores(axes: Any, report: Mapping[str, Any]) -> None:
     values = [report[key] for key in SCORES]
-    colours = [FAINT, "#7fbdb6", HYBRID, TEACHER]
+    colours = [FAINT, ILD, HYBRID, TEACHER]
     bars = axes.barh(list(SCORES.values()), values, color=colours, height=0.62)
     axes.bar_label(bars, labels=[f"{value:.3f}" for value in values], padding=5, fontweight="bold")
     axes.axvline(report["teacher_bpb"], color=TEACHER, linewidth=1, linestyle=(0, (4, 3)))
@@ -109,19 +118,24 @@ def _draw_scores(axes: Any, report: Mapping[str, Any]) -> None:
 
 
 def _draw_curves(axes: Any, report: Mapping[str, Any]) -> None:
-    axes.set_title("Losses of the two stages")
-    axes.set_xlabel("share of the stage's steps")
-    axes.set_ylabel("KL to the teacher, nats per token", color=HYBRID)
-    axes.set_yscale("log")
-    axes.grid(axis="y", color=GRID, which="both", linewidth=0.6)
-    other = axes.twinx()
-    other.spines["right"].set_visible(True)
-    other.set_ylabel("ILD, mean distance summed over layers", color="#b45309")
-    for target, stage, colour in ((axes, "kd", HYBRID), (other, "ild", "#b45309")):
+    """Draw each stage's loss as a share of where it began: the stages have different units."""
+    axes.set_title("Distillation loss, share of its start")
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    names = {"ild": ("ILD, layer by layer", ILD), "kd": ("KD, end to end", HYBRID)}
+    begin = 0
+    for stage, (name, colour) in names.items():
         losses = _smooth(report["losses"][stage])
-        shares = [100 * (i + 1) / len(losses) for i in range(len(losses))]
-        target.plot(shares, losses, color=colour, linewidth=2, label=stage.upper())
-    axes.xaxis.set_major_formatter("{x:.0f} %")
+        shares = [100 * loss / losses[0] for loss in losses]
+        steps = range(begin + 1, begin + 1 + len(losses))
+        axes.plot(steps, shares, color=colour, linewidth=2.2)
+        axes.fill_between(steps, shares, color=colour, alpha=0.07)
+        axes.text(begin + len(losses) / 2, 104, name, color=colour, ha="center", fontweight="bold")
+        begin += len(losses)
+    axes.set_ylim(0, 112)
+    axes.set_xlim(0, begin)
+    axes.set_xlabel("optimiser steps")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:.0f} %")
 
 
 def _draw_cache(axes: Any, report: Mapping[str, Any]) -> None:
@@ -129,25 +143,43 @@ def _draw_cache(axes: Any, report: Mapping[str, Any]) -> None:
     state, mib = report["state_bytes_per_sequence"], 2**20
     teacher = [report["teacher_kv_bytes_per_token"] * n / mib for n in contexts]
     hybrid = [(state + report["kv_bytes_per_token"] * n) / mib for n in contexts]
-    axes.plot(contexts, teacher, color=TEACHER, linewidth=2, label="teacher: KV cache")
-    axes.plot(contexts, hybrid, color=HYBRID, linewidth=2.5, label="hybrid: latents + states")
+    axes.plot(contexts, teacher, color=TEACHER, linewidth=2.2)
+    axes.plot(contexts, hybrid, color=HYBRID, linewidth=2.2)
     axes.fill_between(contexts, hybrid, teacher, color=HYBRID, alpha=0.07)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlim(contexts[0], contexts[-1])
+    axes.set_xticks(contexts[::2], [f"{n}" if n < 1024 else f"{n // 1024}K" for n in contexts[::2]])
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_title("Memory of one sequence, MiB")
     axes.set_xlabel("context, tokens")
-    axes.legend(loc="upper left")
-    ratio = teacher[-1] / hybrid[-1]
+    place = {"textcoords": "offset points", "fontweight": "bold"}
+    middle = len(contexts) // 2
     axes.annotate(
-        f"{ratio:.0f}x less at {contexts[-1] // 1024}K",
-        (contexts[-1], (teacher[-1] * hybrid[-1]) ** 0.5),
-        xytext=(-8, 0),
-        textcoords="offset points",
+        "teacher: KV cache",
+        (contexts[middle], teacher[middle]),
+        xytext=(-8, 10),
+        ha="right",
+        color=TEACHER,
+        **place,
+    )
+    axes.annotate(
+        "hybrid: latents + states",
+        (contexts[-1], hybrid[middle // 2]),
+        xytext=(-6, -16),
         ha="right",
         color=HYBRID,
-        fontweight="bold",
+        **place,
+    )
+    axes.annotate(
+        f"{teacher[-1] / hybrid[-1]:.0f}x less",
+        (contexts[-2], (teacher[-2] * hybrid[-2]) ** 0.5),
+        xytext=(0, 0),
+        ha="center",
+        va="center",
+        color=HYBRID,
+        **place,
     )
 
 
