@@ -48,9 +48,9 @@ class Plan:
     head_dim: int = 64
     kv_lora_rank: int = 32
     q_lora_rank: int = 192
-    batch: int = 4
+    batch: int = 2
     length: int = 256
-    learning_rates: tuple[float, ...] = (3e-3, 2e-3, 1e-3)  # of the stages, in their order
+    learning_rates: tuple[float, ...] = (2e-3, 1e-3, 1e-3)  # of the stages, in their order
     shares: tuple[float, ...] = (0.5, 0.2, 0.3)  # of the training time
     least_steps: tuple[int, ...] = (200, 80, 120)
     most_steps: tuple[int, ...] = (6000, 2400, 3600)
