@@ -95,7 +95,8 @@ def _build_facts() -> dict[str, Any]:
 
 
 def _model_facts(path: str) -> dict[str, Any]:
-    from transformers import AutoConfig
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import zebra.models
 
@@ -120,24 +121,36 @@ def _model_facts(path: str) -> dict[str, Any]:
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         width = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-        facts["kv_cache"] = {"bytes_per_token": 2 * width}  # keys and values in bf16
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        facts["kv_cache"] = {
+            "bytes_per_token": 2 * width,  # keys and values in bf16
+            "parameters": model.num_parameters(),
+        }
     return facts
 
 
-def _print_facts(facts: Any, indent: str = "") -> None:
-    pairs = facts.items() if isinstance(facts, dict) else enumerate(facts)
-    for key, value in pairs:
-        if isinstance(value, dict) or (
-            isinstance(value, list) and any(isinstance(item, dict) for item in value)
-        ):
-            print(f"{indent}{key}:")
+def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
+    width = max(len(key) for key in facts) + 2
+    for key, value in facts.items():
+        if isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):
+            print(f"{indent}{key}")
             _print_facts(value, indent + "  ")
-        elif isinstance(value, list | tuple):
-            print(f"{indent}{key}: {', '.join(map(str, value))}")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            print(f"{indent}{key}: {value:,}")
+        elif isinstance(value, dict):
+            line = ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
+            print(f"{indent}{key:<{width}}{line}")
         else:
-            print(f"{indent}{key}: {value}")
+            print(f"{indent}{key:<{width}}{_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
 
 
 # ---------------------------------------------------------------- convert

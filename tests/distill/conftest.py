@@ -6,10 +6,11 @@ TEXT = "the quick brown fox jumps over the lazy dog; " * 200
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """A folder with a tiny teacher, a differently initialised student, and text to learn from."""
+    """A folder with a tiny teacher, a student of its shape, its hybrid, and text to learn from."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from zebra.data import byte_tokenizer
+    from zebra.init.convert import convert
 
     root = tmp_path_factory.mktemp("pair")
     for seed, name in enumerate(("teacher", "student")):
@@ -30,5 +31,8 @@ def pair(tmp_path_factory):
         )
         LlamaForCausalLM(config).save_pretrained(root / name)
         byte_tokenizer().save_pretrained(root / name)
+    layers = ["mamba2", "mla", "attention"]
+    convert(root / "teacher", layers, kv_lora_rank=16).save_pretrained(root / "hybrid")
+    byte_tokenizer().save_pretrained(root / "hybrid")
     (root / "text.txt").write_text(TEXT)
     return root

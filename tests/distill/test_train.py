@@ -130,10 +130,11 @@ def test_accumulation_gives_the_step_of_the_whole_batch(pair, whole_run, tmp_pat
 
 
 @pytest.mark.parametrize("stage", ["ild", "kd"])
-def test_gradient_checkpointing_changes_no_number(pair, tmp_path, stage):
+@pytest.mark.parametrize("student", ["student", "hybrid"])
+def test_gradient_checkpointing_changes_no_number(pair, tmp_path, stage, student):
     for flag in (False, True):
-        out = tmp_path / str(flag)
-        distill(make(pair, out, stage=stage, steps=4, gradient_checkpointing=flag))
+        values = {"student": str(pair / student), "gradient_checkpointing": flag}
+        distill(make(pair, tmp_path / str(flag), stage=stage, steps=4, **values))
     assert curve(tmp_path / "True") == curve(tmp_path / "False")
 
 
@@ -148,10 +149,15 @@ def test_ild_lowers_its_loss_and_leaves_the_embedding_alone(pair, tmp_path, form
     assert changed == {name for name in after if ".layers." in name}
 
 
-def test_kd_lowers_its_loss_in_bf16_too(pair, tmp_path):
-    distill(make(pair, tmp_path, steps=40, precision="bf16", save_every=40, learning_rate=1e-2))
-    losses = [line[1] for line in curve(tmp_path)]
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_hybrid_learns_its_teacher_layer_by_layer_then_end_to_end(pair, tmp_path, precision):
+    student = pair / "hybrid"
+    for stage, bound in (("ild", 0.75), ("kd", 0.9)):
+        values = {"precision": precision, "save_every": 60, "learning_rate": 1e-2}
+        distill(make(pair, tmp_path / stage, stage=stage, student=str(student), steps=60, **values))
+        losses = [line[1] for line in curve(tmp_path / stage)]
+        assert np.mean(losses[-5:]) < bound * np.mean(losses[:2]), stage
+        student = tmp_path / stage
 
 
 def test_a_student_equal_to_its_teacher_has_no_loss(pair, tmp_path):
