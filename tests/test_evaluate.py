@@ -63,7 +63,7 @@ def test_tokens_and_bytes_are_counted_apart():
 
 def test_max_bytes_cuts_at_a_whole_character():
     score = bits_per_byte(Bigram(), byte_tokenizer(), TEXTS, max_bytes=4)
-    assert (score.bytes, score.documents) == (3, 1)  # the two bytes of e-acute do not fit
+    assert (score.bytes, score.documents) == (3 + 4 + 2, 3)  # e-acute has two bytes: one too many
 
 
 def test_no_text_is_refused():

@@ -285,7 +285,7 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context", type=int, default=1024, help="tokens a window (default 1024)")
     parser.add_argument("--batch", type=int, default=8, help="windows a pass (default 8)")
-    parser.add_argument("--max-bytes", type=int, help="stop after this many bytes of text")
+    parser.add_argument("--max-bytes", type=int, help="score only the first bytes of each document")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default cpu)")
     parser.add_argument("--out", help="also write the scores to this JSON file")

@@ -55,7 +55,7 @@ class Plan:
     least_steps: tuple[int, ...] = (200, 80, 120)
     most_steps: tuple[int, ...] = (6000, 2400, 3600)
     data: tuple[str, ...] = ("stdlib",)
-    eval_bytes: int = 200_000
+    eval_bytes: int = 6_000  # of each of the held-out files
     new_tokens: int = 240
     prompt: str = "def read_config(path):\n    "
 
@@ -71,7 +71,7 @@ QUICK = Plan(
     length=64,
     most_steps=(60, 30, 40),
     least_steps=(60, 30, 40),
-    eval_bytes=8_000,
+    eval_bytes=300,
     new_tokens=32,
 )
 

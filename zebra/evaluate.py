@@ -47,7 +47,7 @@ def bits_per_byte(
         documents: The texts.
         context: Predictions in one window, in tokens.
         batch: Windows in one forward pass.
-        max_bytes: Stop after the document that reaches this many bytes; the last is cut to fit.
+        max_bytes: Score no more than the first so many bytes of each document.
         progress: Show a progress bar.
 
     Returns:
@@ -65,16 +65,13 @@ def bits_per_byte(
     windows: list[list[int]] = []  # the first token of each is context, the others are predicted
     counted, used = 0, 0
     for document in documents:
-        text = document.text if max_bytes is None else _cut(document.text, max_bytes - counted)
+        text = document.text if max_bytes is None else _cut(document.text, max_bytes)
         if not text:
-            break
-        whole = len(text) == len(document.text)
+            continue
         counted += len(text.encode("utf-8", "surrogatepass"))
         used += 1
         ids = [start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         windows += [ids[i : i + context + 1] for i in range(0, len(ids) - 1, context)]
-        if not whole:
-            break
     if not windows:
         raise ValueError("zebra.evaluate: the documents must hold text, got none")
     tokens = sum(len(window) - 1 for window in windows)
