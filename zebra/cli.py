@@ -172,7 +172,10 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the layout's)")
     parser.add_argument(
-        "--rope-aware", action="store_true", help="pick rope channels by the teacher's frequencies"
+        "--rope-aware",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start MLA layers from the teacher's own rotations (default on)",
     )
     parser.add_argument("--lossy", action="store_true", help="accept biases and qk-norm, dropped")
     parser.add_argument("--seed", type=int, default=0, help="of the random parts (default 0)")
