@@ -83,7 +83,7 @@ def train(
     )
     torch.manual_seed(config.seed)
     identity = {**_identity(config), "corpus": _digest(stream)}
-    step, seconds = _resume(out, model, optimiser, stream, identity)
+    step, seconds = _resume(out, model, optimiser, stream, identity, device)
     metrics = (out / METRICS_FILE).open("a", encoding="utf-8")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -216,6 +216,7 @@ def _resume(
     optimiser: torch.optim.Optimizer,
     stream: PackedTokens,
     identity: Mapping[str, Any],
+    device: torch.device,
 ) -> tuple[int, float]:
     """Restore the newest checkpoint and cut the log back to it; return its step and seconds."""
     checkpoint = latest_checkpoint(out / "checkpoints")
@@ -226,8 +227,8 @@ def _resume(
         load_weights(model, checkpoint)
         optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["random"]["cpu"])
-        if "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"])
+        if "cuda" in state["random"] and device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], device)
         stream.position, step, seconds = state["position"], state["step"], state["seconds"]
     kept = [line for line in read_metrics(out) if line["step"] <= step]
     write_text(out / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
