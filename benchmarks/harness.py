@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import platform
 import statistics
@@ -138,6 +140,14 @@ class Timer:
             empty = self.prepare(lambda: tiny.zero_())
             floor = statistics.median(empty() for _ in range(30))
         return Ceilings(bandwidth, rate, floor)
+
+
+def peer(module: str, package: str | None = None) -> str | None:
+    """Name an installed peer "package version", or None: peers are imported, never required."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    package = package or module
+    return f"{package} {importlib.metadata.version(package)}"
 
 
 def environment(device: str) -> dict[str, Any]:
