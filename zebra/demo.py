@@ -50,7 +50,7 @@ class Plan:
     q_lora_rank: int = 192
     batch: int = 2
     length: int = 256
-    learning_rates: tuple[float, ...] = (2e-3, 1e-3, 5e-4)  # of the stages, in their order
+    learning_rates: tuple[float, ...] = (1e-3, 1e-3, 5e-4)  # of the stages, in their order
     shares: tuple[float, ...] = (0.55, 0.15, 0.3)  # of the training time; ILD is soon done
     least_steps: tuple[int, ...] = (200, 80, 120)
     most_steps: tuple[int, ...] = (6000, 2400, 3600)
