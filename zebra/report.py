@@ -122,16 +122,24 @@ def _draw_curves(axes: Any, report: Mapping[str, Any]) -> None:
     axes.set_title("Distillation loss, share of its start")
     axes.grid(axis="y", color=GRID, linewidth=0.6)
     names = {"ild": ("ILD, layer by layer", ILD), "kd": ("KD, end to end", HYBRID)}
-    begin = 0
+    begin, top = 0, 100.0
     for stage, (name, colour) in names.items():
         losses = _smooth(report["losses"][stage])
         shares = [100 * loss / losses[0] for loss in losses]
         steps = range(begin + 1, begin + 1 + len(losses))
         axes.plot(steps, shares, color=colour, linewidth=2.2)
         axes.fill_between(steps, shares, color=colour, alpha=0.07)
-        axes.text(begin + len(losses) / 2, 104, name, color=colour, ha="center", fontweight="bold")
-        begin += len(losses)
-    axes.set_ylim(0, 112)
+        axes.text(
+            begin + len(losses) / 2,
+            0.95,
+            name,
+            color=colour,
+            ha="center",
+            fontweight="bold",
+            transform=axes.get_xaxis_transform(),
+        )
+        begin, top = begin + len(losses), max(top, *shares)
+    axes.set_ylim(0, 1.12 * top)
     axes.set_xlim(0, begin)
     axes.set_xlabel("optimiser steps")
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -173,8 +181,8 @@ def _draw_cache(axes: Any, report: Mapping[str, Any]) -> None:
         **place,
     )
     axes.annotate(
-        f"{teacher[-1] / hybrid[-1]:.0f}x less",
-        (contexts[-2], (teacher[-2] * hybrid[-2]) ** 0.5),
+        f"{teacher[-1] / hybrid[-1]:.0f}x less at {contexts[-1] // 1024}K",
+        (contexts[-3], (teacher[-3] * hybrid[-3]) ** 0.5),
         xytext=(0, 0),
         ha="center",
         va="center",
