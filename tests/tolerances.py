@@ -39,6 +39,8 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     ("mla_project", torch.float16): 2.5,
     ("mla_project.gradient", torch.bfloat16): 2.8,
     ("mla_project.gradient", torch.float16): 2.8,
+    # The chunked form sums dA over pairs of tokens, eager over tokens.
+    ("ssd_scan.gradient", torch.float32): 12.0,
 }
 
 

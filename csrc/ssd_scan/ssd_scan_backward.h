@@ -247,7 +247,7 @@ class BackwardWalk {
       load_row(static_cast<const T*>(in_.z) + batch * in_.z_stride.batch +
                    (first + i) * in_.z_stride.token + head * in_.z_stride.head,
                z_, P);
-      for (std::int64_t c = P; c < l_.P_pad; ++c) y[c] = 0;
+      for (std::int64_t c = P; c < l_.P_pad; ++c) y[c] = dy[c] = 0;
       Vector<A> square{}, product{};
       for (std::int64_t c = 0; c < P; c += L) {
         const Vector<A> full = load(y + c) + skip * load(x + c), s = sigmoid_of<A>(load(z_ + c));
@@ -269,9 +269,9 @@ class BackwardWalk {
         store<A>(dweight_ + c, load(dweight_ + c) + grad * u * rstd);
         const Vector<A> du = norm ? rstd * (load(weight_ + c) * grad - u * pull) : grad;
         store<A>(dy + c, du * z * s);
-        store<A>(z_ + c, du * out * s * (A(1) + z * (A(1) - s)));
+        store<A>(gate_ + c, du * out * s * (A(1) + z * (A(1) - s)));
       }
-      store_row(z_,
+      store_row(gate_,
                 static_cast<T*>(p_.dz) + ((batch * in_.tokens + first + i) * in_.heads + head) * P,
                 P);
     }
