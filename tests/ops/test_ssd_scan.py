@@ -12,7 +12,7 @@ from ssd_cases import DTYPES, doubles, make
 
 from zebra import ops
 from zebra.ops import reference
-from zebra.ops.ssd import _chunked_scan
+from zebra.ops.ssd import _chunked_scan, _ssd_scan_composite
 from zebra.testing import assert_close, relative_error
 
 PACKED = [0, 0, 3, 64, 64, 65, 130, 195, 200, 200]  # empty ones first, inside and last
@@ -362,6 +362,15 @@ def test_ssd_scan_rejects(case, device):
     args[name] = changed if changed is None else changed.to(device)
     with pytest.raises(RuntimeError, match="zebra::ssd_scan: " + message):
         ops.ssd_scan(**args)
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_ssd_scan_composite_rejects_in_the_same_words(case):
+    name, change, message = REJECTED[case]
+    args = make()
+    args[name] = change(args[name])
+    with pytest.raises(RuntimeError, match="zebra::ssd_scan: " + message):
+        _ssd_scan_composite(**args)
 
 
 def test_ssd_scan_rejects_growth_naming_the_head():

@@ -128,6 +128,91 @@ def _ssd_scan_backward_fake(
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Refuse what csrc/ssd_scan/ssd_scan_torch.h refuses, in its words; values are not read."""
+
+    def require(ok: bool, name: str, t: Tensor | None, expected: str) -> None:
+        if ok:
+            return
+        got = "None" if t is None else f"{list(t.shape)} {str(t.dtype)[6:]} on {t.device}"
+        raise RuntimeError(f"zebra::ssd_scan: {name} must be {expected}, got {got}")
+
+    def shape(name: str, t: Tensor, legend: str, *sizes: int) -> None:
+        ok = t.dim() == len(sizes) and all(
+            w in (-1, s) for s, w in zip(t.shape, sizes, strict=True)
+        )
+        want = ", ".join("any" if w < 0 else str(w) for w in sizes)
+        require(ok, name, t, f"{legend} = [{want}]")
+        require(t.device == x.device, name, t, f"on {x.device}")
+
+    def contiguous_rows(name: str, t: Tensor) -> None:
+        ok = t.size(-1) == 1 or t.stride(-1) == 1
+        require(ok, name, t, "contiguous in its last dimension")
+
+    shape("x", x, "[B, T, Gx, P]", -1, -1, -1, -1)
+    like = str(x.dtype)[6:]
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    require(x.dtype in floats, "x", x, "float32, bfloat16 or float16 (float64 on the CPU only)")
+    shape("A", A, "[H]", -1)
+    require(A.size(0) > 0, "A", A, "of at least one head")
+    require(A.dtype == torch.float32, "A", A, "float32")
+    H, P, tokens = A.size(0), x.size(3), (x.size(0), x.size(1))
+    for name, t, legend in (
+        ("x", x, "[B, T, Gx, P]"),
+        ("B", B, "[B, T, Gb, N]"),
+        ("C", C, "[B, T, Gc, N]"),
+    ):
+        shape(name, t, legend, *tokens, -1, -1)
+        require(t.dtype == x.dtype, name, t, f"{like} like x")
+        heads = t.size(2) > 0 and H % t.size(2) == 0
+        require(heads, name, t, f"of a number of heads that divides H = {H}")
+        require(t.size(3) > 0, name, t, "non-empty in its last dimension")
+        contiguous_rows(name, t)
+    shape("C", C, "[B, T, Gc, N]", *tokens, C.size(2), B.size(3))
+    shape("dt", dt, "[B, T, H]", *tokens, H)
+    contiguous_rows("dt", dt)
+    if z is not None:
+        shape("z", z, "[B, T, H, P]", *tokens, H, P)
+        require(z.dtype == x.dtype, "z", z, f"{like} like x")
+        contiguous_rows("z", z)
+    for name, v, legend, size in (
+        ("dt", dt, "", -1),
+        ("D", D, "[H]", H),
+        ("dt_bias", dt_bias, "[H]", H),
+        ("norm_weight", norm_weight, "[H * P]", H * P),
+    ):
+        if v is None:
+            continue
+        if legend:
+            shape(name, v, legend, size)
+        dtypes = (x.dtype, torch.float32)
+        require(v.dtype in dtypes, name, v, f"{like} like x, or float32")
+    gate = "given with norm_weight (the norm follows the gate)"
+    require(norm_weight is None or z is not None, "z", z, gate)
+    sequences, legend = x.size(0), "[B, H, P, N]"
+    if cu_seqlens is not None:
+        shape("cu_seqlens", cu_seqlens, "[n_seq + 1]", -1)
+        require(cu_seqlens.dtype == torch.int32, "cu_seqlens", cu_seqlens, "int32")
+        require(cu_seqlens.size(0) > 0, "cu_seqlens", cu_seqlens, "[n_seq + 1], not empty")
+        require(x.size(0) == 1, "x", x, "[1, T, Gx, P] with cu_seqlens")
+        sequences, legend = cu_seqlens.size(0) - 1, "[n_seq, H, P, N]"
+    if initial_state is not None:
+        shape("initial_state", initial_state, legend, sequences, H, P, B.size(3))
+        require(initial_state.dtype == torch.float32, "initial_state", initial_state, "float32")
+
+
 class _Chunks(NamedTuple):
     """Where the tokens of each chunk lie: sequences are cut from their own start.
 
@@ -253,6 +338,7 @@ def _ssd_scan_composite(
     dt_softplus: bool = True,
     norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
+    _check(x, dt, A, B, C, D, z, dt_bias, norm_weight, initial_state, cu_seqlens)
     y, state = _chunked_scan(
         x, dt, A, B, C, D, z, dt_bias, norm_weight, initial_state, cu_seqlens, dt_softplus, norm_eps
     )
@@ -280,7 +366,10 @@ def _ssd_scan_backward_composite(
     given = (x, dt, A, B, C, D, z, dt_bias, norm_weight, initial_state)
     with torch.enable_grad():
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in given]
-        outputs = _chunked_scan(*leaves, cu_seqlens, dt_softplus, norm_eps)
+        x_, dt_, A_, B_, C_, D_, z_, b_, w_, s_ = leaves
+        outputs = _chunked_scan(
+            x_, dt_, A_, B_, C_, D_, z_, b_, w_, s_, cu_seqlens, dt_softplus, norm_eps
+        )
     wanted = [t for t in leaves if t is not None]
     pairs = [(o, g) for o, g in zip(outputs, (dy, dfinal_state), strict=True) if g is not None]
     grads = iter(
