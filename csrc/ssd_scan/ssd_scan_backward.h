@@ -133,7 +133,15 @@ class BackwardWalk {
     A* const g = dstate(h);
     load_groups(seq.batch, first, len, rows, head);
     decay_.compute(in_, seq.batch, first, len, head);
+    const SsdStrides dy_stride{in_.tokens * in_.heads * P, in_.heads * P, P};
+    const std::int64_t next_c = h + 1 < block_ ? (head + 1) / c_ratio() : c_head_;
     for (std::int64_t i = 0; i < rows; ++i) {
+      if (i < len) {
+        prefetch_row<T>(p_.dy, dy_stride, seq.batch, first + i, head, P);
+        if (in_.z != nullptr) prefetch_row<T>(in_.z, in_.z_stride, seq.batch, first + i, head, P);
+        if (next_c != c_head_)
+          prefetch_row<T>(in_.C, in_.c_stride, seq.batch, first + i, next_c, l_.N);
+      }
       const std::int64_t at = i * kSquareRow<A>;
       for (std::int64_t j = 0; j <= i; j += kLanes<A>) {
         const Vector<A> decay = decays(decay_, i, j);
@@ -142,8 +150,7 @@ class BackwardWalk {
       }
     }
     scale_rows(decay_.d, x_, w_, l_.ldp, rows, l_.P_pad);
-    load_tile<T>(p_.dy, {in_.tokens * in_.heads * P, in_.heads * P, P}, seq.batch, first, len, head,
-                 P, dy_, l_.ldp);
+    load_tile<T>(p_.dy, dy_stride, seq.batch, first, len, head, P, dy_, l_.ldp);
     const A skip = element<A>(in_.D, in_.d_dtype, head);
     if (in_.z != nullptr) {
       output_tile(l_, E_, w_, C_, before, decay_, rows, y_);

@@ -154,6 +154,18 @@ void load_tile(const void* base, const SsdStrides& stride, std::int64_t batch, s
     for (std::int64_t c = 0; c < ld; ++c) dst[i * ld + c] = 0;
 }
 
+// A row of a head lies in a page of its own, so that hardware does not foresee it: asks for it
+// while something else is computed.
+template <typename T>
+inline void prefetch_row(const void* base, const SsdStrides& stride, std::int64_t batch,
+                         std::int64_t token, std::int64_t head, std::int64_t cols) {
+  const char* const row =
+      reinterpret_cast<const char*>(static_cast<const T*>(base) + batch * stride.batch +
+                                    token * stride.token + head * stride.head);
+  for (std::int64_t at = 0; at < cols * static_cast<std::int64_t>(sizeof(T)); at += 64)
+    __builtin_prefetch(row + at, 0, 2);
+}
+
 template <typename A>
 struct Decay {
   A raw[kChunk];                // dt + dt_bias

@@ -44,8 +44,10 @@ class ForwardWalk {
     for (std::int64_t c = 0; c < seq.len; c += kChunk) {
       const std::int64_t len = seq.len - c < kChunk ? seq.len - c : kChunk;
       x_head_ = b_head_ = c_head_ = -1;
-      for (std::int64_t h = 0; h < count; ++h)
+      for (std::int64_t h = 0; h < count; ++h) {
+        next_c_head_ = h + 1 < count ? c_group(head + h + 1) : -1;
         chunk(seq.batch, seq.first + c, len, head + h, states_ + h * l_.state(), live);
+      }
       live = true;
     }
     for (std::int64_t h = 0; h < count; ++h)
@@ -60,6 +62,7 @@ class ForwardWalk {
     load_groups(batch, first, len, head, rows);
     decay_.compute(p_, batch, first, len, head);
     for (std::int64_t i = 0; i < rows; ++i) {
+      if (i < len) prefetch(batch, first + i, head);
       const std::int64_t at = i * kSquareRow<A>;
       for (std::int64_t j = 0; j <= i; j += kLanes<A>)
         store<A>(E_ + at + j, decays(decay_, i, j) * load(scores_ + at + j));
@@ -71,10 +74,18 @@ class ForwardWalk {
     epilogue(batch, first, len, head);
   }
 
+  std::int64_t c_group(std::int64_t head) const { return head / (p_.heads / p_.c_heads); }
+
+  void prefetch(std::int64_t batch, std::int64_t token, std::int64_t head) const {
+    if (p_.z != nullptr) prefetch_row<T>(p_.z, p_.z_stride, batch, token, head, l_.P);
+    if (next_c_head_ >= 0 && next_c_head_ != c_head_)
+      prefetch_row<T>(p_.C, p_.c_stride, batch, token, next_c_head_, l_.N);
+  }
+
   void load_groups(std::int64_t batch, std::int64_t first, std::int64_t len, std::int64_t head,
                    std::int64_t rows) {
     const std::int64_t xh = head / (p_.heads / p_.x_heads), bh = head / (p_.heads / p_.b_heads),
-                       ch = head / (p_.heads / p_.c_heads);
+                       ch = c_group(head);
     if (xh != x_head_) load_tile<T>(p_.x, p_.x_stride, batch, first, len, xh, l_.P, x_, l_.ldp);
     if (bh != b_head_) {
       load_tile<T>(p_.B, p_.b_stride, batch, first, len, bh, l_.N, B_, l_.ldn);
@@ -126,6 +137,7 @@ class ForwardWalk {
   Decay<A> decay_;
   A *x_, *w_, *y_, *B_, *C_, *B_t_, *scores_, *E_, *states_, *z_, *weight_;
   std::int64_t x_head_, b_head_, c_head_;  // whose tiles are loaded
+  std::int64_t next_c_head_;               // whose rows of C come next, or -1
 };
 
 template <typename T>
