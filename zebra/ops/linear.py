@@ -87,6 +87,6 @@ def _linear_decode_composite(
     h = x if norm_weight is None else reference.rms_norm(x, norm_weight, eps=norm_eps)[0]
     y = F.linear(h, weight, bias)
     if activation == "swiglu":
-        gate, up = y.float().chunk(2, dim=-1)
+        gate, up = (y if y.dtype == torch.float64 else y.float()).chunk(2, dim=-1)
         y = (F.silu(gate) * up).to(x.dtype)
     return y if residual is None else y + residual
