@@ -8,7 +8,7 @@ namespace zebra::ZEBRA_ISA {
 namespace {
 
 // Sums run in the accumulation type over this many elements, then in fp64.
-constexpr std::int64_t kSumBlock = 1024;
+constexpr std::int64_t kSumBlock = 256;
 
 // body(student, teacher, count) over the columns of row r, in blocks of at most kSumBlock.
 template <typename A, typename Body>

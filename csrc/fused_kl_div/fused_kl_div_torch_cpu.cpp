@@ -3,12 +3,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <tuple>
 #include <vector>
 
 #include "common/torch_check.h"
+#include "common/torch_mm.h"
 #include "fused_kl_div/fused_kl_div.h"
 #include "fused_kl_div/fused_kl_div_config.h"
 
@@ -55,18 +55,6 @@ Shape check_inputs(const Check& check, const Tensor& student_hidden, const Tenso
           bytes == 8 ? DType::kFloat64 : DType::kFloat32};
 }
 
-// out = a b.  The out form, because ATen would allocate (and fault in) every product anew, and
-// because autocast leaves it alone.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor transposed(Tensor t) { return torch::stable::transpose(t, 0, 1); }
-
 // Elements [at, at + rows * columns) of a flat workspace as a matrix.
 Tensor matrix(Tensor flat, int64_t at, int64_t rows, int64_t columns) {
   return torch::stable::view(torch::stable::narrow(flat, 0, at, rows * columns), {rows, columns});
@@ -110,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> fused_kl_div_op(const Tensor& student_hidden,
       const int64_t columns = std::min(panel, s.vocab - v);
       const Tensor ls = matrix(logits, rows * v, rows, columns);
       const Tensor lt = matrix(logits, half + rows * v, rows, columns);
-      multiply(hs, transposed(rows_of(student_weight, v, columns, wide_weight)), ls);
-      multiply(ht, transposed(rows_of(teacher_weight, v, columns, wide_weight)), lt);
+      matmul_into(hs, transposed(rows_of(student_weight, v, columns, wide_weight)), ls);
+      matmul_into(ht, transposed(rows_of(teacher_weight, v, columns, wide_weight)), lt);
       student.push_back(ls.data_ptr());
       teacher.push_back(lt.data_ptr());
     }
@@ -165,9 +153,9 @@ std::tuple<Tensor, Tensor> fused_kl_div_backward_op(const Tensor& dkl, const Ten
       empty_like_shape(student_weight, {s.vocab, Ds}, once ? student_weight.scalar_type() : s.acc);
   // total = a b, or total += a b.
   const auto accumulate = [&](Tensor total, const Tensor& a, const Tensor& b, bool first) {
-    if (first && total.scalar_type() == s.acc) return multiply(a, b, total);
+    if (first && total.scalar_type() == s.acc) return matmul_into(a, b, total);
     const Tensor sum = matrix(part, 0, total.size(0), total.size(1));
-    multiply(a, b, sum);
+    matmul_into(a, b, sum);
     if (first)
       torch::stable::copy_(total, sum);
     else
@@ -183,8 +171,8 @@ std::tuple<Tensor, Tensor> fused_kl_div_backward_op(const Tensor& dkl, const Ten
       const Tensor wt = rows_of(teacher_weight, v, columns, wide_teacher_weight);
       const Tensor ls = matrix(logits, 0, rows, columns);
       const Tensor lt = matrix(logits, chunk * panel, rows, columns);
-      multiply(hs, transposed(ws), ls);
-      multiply(ht, transposed(wt), lt);
+      matmul_into(hs, transposed(ws), ls);
+      matmul_into(ht, transposed(wt), lt);
       void* const panels[] = {ls.data_ptr(), lt.data_ptr()};
       fused_kl_div_backward_cpu({{panels, panels + 1, rows, columns, columns, s.dtype, temperature},
                                  static_cast<char*>(gradient.data_ptr()) + first * s.element_bytes,
