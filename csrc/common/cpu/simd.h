@@ -87,14 +87,23 @@ ZEBRA_INLINE void store(const Vec<float>& src, Half* dst) {
 #endif
 }
 
-// The sum of the lanes, pairwise.
+// The sum of the lanes: the upper half onto the lower until one is left, in registers.
+template <int kBytes, typename A>
+ZEBRA_INLINE A sum_halves(const void* v) {
+  if constexpr (kBytes == sizeof(A)) {
+    return *static_cast<const A*>(v);
+  } else {
+    typedef A Part __attribute__((vector_size(kBytes / 2)));
+    Part low, high;
+    std::memcpy(&low, v, sizeof low);
+    std::memcpy(&high, static_cast<const char*>(v) + sizeof low, sizeof high);
+    low += high;
+    return sum_halves<kBytes / 2, A>(&low);
+  }
+}
 template <typename A>
 ZEBRA_INLINE A sum_lanes(const Vec<A>& v) {
-  A lane[kLanes<A>];
-  std::memcpy(lane, &v, sizeof v);
-  for (int half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
+  return sum_halves<kVecBytes, A>(&v);
 }
 
 }  // namespace zebra::ZEBRA_ISA
