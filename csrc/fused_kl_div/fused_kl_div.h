@@ -40,13 +40,12 @@ struct FusedKlDivBackwardParams {
   const void* teacher_lse;  // [rows] fp64
 };
 
-// total += part, or total = part: a weight gradient summed over chunks of tokens.
+// total += part: gradients summed over chunks of tokens, or panels of the vocabulary.
 struct FusedKlDivAddParams {
   void* total;
   const void* part;
   std::int64_t count;
   DType dtype;
-  bool first;
 };
 
 }  // namespace zebra

@@ -8,7 +8,7 @@ namespace zebra::ZEBRA_ISA {
 namespace {
 
 // Sums run in the accumulation type over this many elements, then in fp64.
-constexpr std::int64_t kSumBlock = 1024;
+constexpr std::int64_t kSumBlock = 256;
 
 // body(student, teacher, count) over the columns of row r, in blocks of at most kSumBlock.
 template <typename A, typename Body>
@@ -108,11 +108,8 @@ void add(const FusedKlDivAddParams& p) {
   A* const total = static_cast<A*>(p.total);
   const A* const part = static_cast<const A*>(p.part);
   parallel_for(p.count, 65536, [&](std::int64_t begin, std::int64_t end) {
-    if (p.first)
-      std::memcpy(total + begin, part + begin, static_cast<std::size_t>(end - begin) * sizeof(A));
-    else
 #pragma omp simd
-      for (std::int64_t i = begin; i < end; ++i) total[i] += part[i];
+    for (std::int64_t i = begin; i < end; ++i) total[i] += part[i];
   });
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/torch_check.h"
+#include "common/torch_mm.h"
 #include "fused_kl_div/fused_kl_div.h"
 #include "fused_kl_div/fused_kl_div_config.h"
 
@@ -54,17 +55,18 @@ Shape check_inputs(const Check& check, const Tensor& student_hidden, const Tenso
           bytes == 8 ? DType::kFloat64 : DType::kFloat32};
 }
 
-// Rows [first, first + count) in the accumulation dtype, contiguous.
-Tensor rows_of(Tensor t, int64_t first, int64_t count, ScalarType acc) {
-  return torch::stable::contiguous(
-      torch::stable::to(torch::stable::narrow(t, 0, first, count), acc));
+// Elements [at, at + rows * columns) of a flat workspace as a matrix.
+Tensor matrix(Tensor flat, int64_t at, int64_t rows, int64_t columns) {
+  return torch::stable::view(torch::stable::narrow(flat, 0, at, rows * columns), {rows, columns});
 }
 
-// a b, or a b^T, as a contiguous tensor of a's dtype (autocast may have chosen another).
-Tensor product(const Tensor& a, Tensor b, bool transposed) {
-  const Tensor right = transposed ? torch::stable::transpose(b, 0, 1) : b;
-  return torch::stable::contiguous(
-      torch::stable::to(torch::stable::matmul(a, right), a.scalar_type()));
+// Rows [first, first + count) in the accumulation dtype: a view, or converted into `workspace`.
+Tensor rows_of(Tensor t, int64_t first, int64_t count, const Tensor& workspace) {
+  const Tensor rows = torch::stable::narrow(t, 0, first, count);
+  if (t.scalar_type() == workspace.scalar_type()) return rows;
+  Tensor wide = matrix(workspace, 0, count, t.size(1));
+  torch::stable::copy_(wide, rows);
+  return wide;
 }
 
 std::tuple<Tensor, Tensor, Tensor> fused_kl_div_op(const Tensor& student_hidden,
@@ -78,25 +80,33 @@ std::tuple<Tensor, Tensor, Tensor> fused_kl_div_op(const Tensor& student_hidden,
   Tensor kl = empty_like_shape(student_hidden, {s.tokens}, s.acc);
   Tensor student_lse = empty_like_shape(student_hidden, {s.tokens}, ScalarType::Double);
   Tensor teacher_lse = empty_like_shape(student_hidden, {s.tokens}, ScalarType::Double);
-  const int64_t chunk = kl_chunk_rows(s.vocab, s.element_bytes);
+  const int64_t chunk = std::min(kl_chunk_rows(s.vocab, s.element_bytes), s.tokens);
+  const auto workspace = [&](int64_t count) {
+    return empty_like_shape(student_hidden, {count}, s.acc);
+  };
+  const int64_t Ds = student_hidden.size(1), Dt = teacher_hidden.size(1);
+  const int64_t panel = std::min(s.panel, s.vocab), half = chunk * s.vocab;
+  const Tensor logits = workspace(2 * half);  // the student's panels, then the teacher's
+  const Tensor wide_weight = workspace(panel * std::max(Ds, Dt));
+  const Tensor wide_student = workspace(chunk * Ds), wide_teacher = workspace(chunk * Dt);
   for (int64_t first = 0; first < s.tokens; first += chunk) {
     const int64_t rows = std::min(chunk, s.tokens - first);
-    const Tensor hs = rows_of(student_hidden, first, rows, s.acc);
-    const Tensor ht = rows_of(teacher_hidden, first, rows, s.acc);
-    std::vector<Tensor> logits;  // keeps the panels alive
+    const Tensor hs = rows_of(student_hidden, first, rows, wide_student);
+    const Tensor ht = rows_of(teacher_hidden, first, rows, wide_teacher);
     std::vector<void*> student, teacher;
-    for (int64_t v = 0; v < s.vocab; v += s.panel) {
-      const int64_t columns = std::min(s.panel, s.vocab - v);
-      logits.push_back(product(hs, rows_of(student_weight, v, columns, s.acc), true));
-      student.push_back(logits.back().data_ptr());
-      logits.push_back(product(ht, rows_of(teacher_weight, v, columns, s.acc), true));
-      teacher.push_back(logits.back().data_ptr());
+    for (int64_t v = 0; v < s.vocab; v += panel) {
+      const int64_t columns = std::min(panel, s.vocab - v);
+      const Tensor ls = matrix(logits, rows * v, rows, columns);
+      const Tensor lt = matrix(logits, half + rows * v, rows, columns);
+      matmul_into(hs, transposed(rows_of(student_weight, v, columns, wide_weight)), ls);
+      matmul_into(ht, transposed(rows_of(teacher_weight, v, columns, wide_weight)), lt);
+      student.push_back(ls.data_ptr());
+      teacher.push_back(lt.data_ptr());
     }
-    fused_kl_div_cpu(
-        {{student.data(), teacher.data(), rows, s.vocab, s.panel, s.dtype, temperature},
-         static_cast<char*>(kl.data_ptr()) + first * s.element_bytes,
-         static_cast<double*>(student_lse.data_ptr()) + first,
-         static_cast<double*>(teacher_lse.data_ptr()) + first});
+    fused_kl_div_cpu({{student.data(), teacher.data(), rows, s.vocab, panel, s.dtype, temperature},
+                      static_cast<char*>(kl.data_ptr()) + first * s.element_bytes,
+                      static_cast<double*>(student_lse.data_ptr()) + first,
+                      static_cast<double*>(teacher_lse.data_ptr()) + first});
   }
   return {kl, student_lse, teacher_lse};
 }
@@ -120,32 +130,56 @@ std::tuple<Tensor, Tensor> fused_kl_div_backward_op(const Tensor& dkl, const Ten
     check.contiguous(name, lse);
   }
 
-  // Only a panel of logits is needed at a time, for as many tokens as the workspace holds.
-  const int64_t chunk = kl_chunk_rows(std::min(s.panel, s.vocab), s.element_bytes);
-  const int64_t width = student_hidden.size(1);
-  Tensor dhidden = torch::stable::new_zeros(student_hidden, {s.tokens, width}, s.acc);
-  Tensor dweight = s.tokens > 0 ? empty_like_shape(student_weight, {s.vocab, width}, s.acc)
-                                : torch::stable::new_zeros(student_weight, {s.vocab, width}, s.acc);
-  const auto add = [&](Tensor& total, int64_t row, const Tensor& part, bool first) {
-    fused_kl_div_add_cpu({static_cast<char*>(total.data_ptr()) + row * width * s.element_bytes,
-                          part.data_ptr(), part.numel(), s.dtype, first});
+  const int64_t Ds = student_hidden.size(1), Dt = teacher_hidden.size(1);
+  if (s.tokens == 0)
+    return {torch::stable::new_empty(student_hidden, {0, Ds}),
+            torch::stable::new_zeros(student_weight, {s.vocab, Ds})};
+
+  // Only a panel of logits is needed at a time, for as many tokens as the workspace holds.  Where
+  // that is all of them, a panel of the weight gradient is final and needs no fp32 sum.
+  const int64_t panel = std::min(s.panel, s.vocab);
+  const int64_t chunk = std::min(kl_chunk_rows(panel, s.element_bytes), s.tokens);
+  const bool once = chunk == s.tokens;
+  const auto workspace = [&](int64_t count) {
+    return empty_like_shape(student_hidden, {count}, s.acc);
+  };
+  const Tensor logits = workspace(2 * chunk * panel);
+  const Tensor wide_student_weight = workspace(panel * Ds),
+               wide_teacher_weight = workspace(panel * Dt);
+  const Tensor wide_student = workspace(chunk * Ds), wide_teacher = workspace(chunk * Dt);
+  const Tensor part = workspace(std::max(panel, chunk) * Ds);
+  Tensor dhidden = empty_like_shape(student_hidden, {s.tokens, Ds}, s.acc);
+  Tensor dweight =
+      empty_like_shape(student_weight, {s.vocab, Ds}, once ? student_weight.scalar_type() : s.acc);
+  // total = a b, or total += a b.
+  const auto accumulate = [&](Tensor total, const Tensor& a, const Tensor& b, bool first) {
+    if (first && total.scalar_type() == s.acc) return matmul_into(a, b, total);
+    const Tensor sum = matrix(part, 0, total.size(0), total.size(1));
+    matmul_into(a, b, sum);
+    if (first)
+      torch::stable::copy_(total, sum);
+    else
+      fused_kl_div_add_cpu({total.data_ptr(), sum.data_ptr(), sum.numel(), s.dtype});
   };
   for (int64_t first = 0; first < s.tokens; first += chunk) {
     const int64_t rows = std::min(chunk, s.tokens - first);
-    const Tensor hs = rows_of(student_hidden, first, rows, s.acc);
-    const Tensor ht = rows_of(teacher_hidden, first, rows, s.acc);
-    for (int64_t v = 0; v < s.vocab; v += s.panel) {
-      const int64_t columns = std::min(s.panel, s.vocab - v);
-      const Tensor weight = rows_of(student_weight, v, columns, s.acc);
-      Tensor student = product(hs, weight, true);
-      const Tensor teacher = product(ht, rows_of(teacher_weight, v, columns, s.acc), true);
-      void* const panels[] = {student.data_ptr(), teacher.data_ptr()};
+    const Tensor hs = rows_of(student_hidden, first, rows, wide_student);
+    const Tensor ht = rows_of(teacher_hidden, first, rows, wide_teacher);
+    for (int64_t v = 0; v < s.vocab; v += panel) {
+      const int64_t columns = std::min(panel, s.vocab - v);
+      const Tensor ws = rows_of(student_weight, v, columns, wide_student_weight);
+      const Tensor wt = rows_of(teacher_weight, v, columns, wide_teacher_weight);
+      const Tensor ls = matrix(logits, 0, rows, columns);
+      const Tensor lt = matrix(logits, chunk * panel, rows, columns);
+      matmul_into(hs, transposed(ws), ls);
+      matmul_into(ht, transposed(wt), lt);
+      void* const panels[] = {ls.data_ptr(), lt.data_ptr()};
       fused_kl_div_backward_cpu({{panels, panels + 1, rows, columns, columns, s.dtype, temperature},
                                  static_cast<char*>(gradient.data_ptr()) + first * s.element_bytes,
                                  static_cast<double*>(student_lse.data_ptr()) + first,
                                  static_cast<double*>(teacher_lse.data_ptr()) + first});
-      add(dhidden, first, product(student, weight, false), false);
-      add(dweight, v, product(torch::stable::transpose(student, 0, 1), hs, false), first == 0);
+      accumulate(torch::stable::narrow(dhidden, 0, first, rows), ls, ws, v == 0);
+      accumulate(torch::stable::narrow(dweight, 0, v, columns), transposed(ls), hs, first == 0);
     }
   }
   return {torch::stable::to(dhidden, student_hidden.scalar_type()),

@@ -4,73 +4,13 @@
 // The dot product of one weight row and one row of x is always the same sum (lane l takes columns
 // l, l + kLanes, ...; then the lanes pairwise), whatever tile it is computed in: a row of y depends
 // neither on the other rows nor on the number of threads.
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
-
 #include "common/cpu/parallel.h"
-#include "common/cpu/vec.h"
+#include "common/cpu/simd.h"
 #include "common/math.h"
 #include "linear_decode/linear_decode.h"
 
 namespace zebra::ZEBRA_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kVecBytes = 64, kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kVecBytes = 32, kRegisters = 16;
-#else
-constexpr int kVecBytes = 16, kRegisters = 16;
-#endif
-
-template <typename A>
-struct VecOf {
-  typedef A type __attribute__((vector_size(kVecBytes)));
-};
-template <typename A>
-using Vec = typename VecOf<A>::type;
-template <typename A>
-constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(A));
-
-// kLanes elements in the accumulation type.  A macro-like inline: vectors by value between
-// functions would change the ABI with the instruction set.
-#define ZEBRA_INLINE __attribute__((always_inline)) static inline
-
-ZEBRA_INLINE void load(const float* src, Vec<float>& dst) { std::memcpy(&dst, src, sizeof dst); }
-ZEBRA_INLINE void load(const double* src, Vec<double>& dst) { std::memcpy(&dst, src, sizeof dst); }
-ZEBRA_INLINE void load(const BFloat16* src, Vec<float>& dst) {
-  typedef std::uint16_t Short __attribute__((vector_size(kVecBytes / 2)));
-  typedef std::uint32_t Word __attribute__((vector_size(kVecBytes)));
-  Short bits;
-  std::memcpy(&bits, src, sizeof bits);
-  const Word wide = __builtin_convertvector(bits, Word) << 16;
-  std::memcpy(&dst, &wide, sizeof dst);
-}
-ZEBRA_INLINE void load(const Half* src, Vec<float>& dst) {
-#if defined(__AVX512F__)
-  // The masked form: gcc 12 warns of an uninitialised value inside the plain one.
-  const __m512 v =
-      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
-  std::memcpy(&dst, &v, sizeof dst);
-#elif defined(__F16C__)
-  const __m256 v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
-  std::memcpy(&dst, &v, sizeof dst);
-#else
-  float wide[kLanes<float>];
-  for (int l = 0; l < kLanes<float>; ++l) wide[l] = to_acc(src[l]);
-  std::memcpy(&dst, wide, sizeof dst);
-#endif
-}
-
-template <typename A>
-ZEBRA_INLINE A sum_lanes(const Vec<A>& v) {
-  A lane[kLanes<A>];
-  std::memcpy(lane, &v, sizeof v);
-  for (int half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
-}
 
 // out[j * out_stride + i] = weight row i . h row j.  h rows are padded with zeros to whole vectors.
 template <int kOut, int kRows, typename T>
@@ -104,7 +44,7 @@ void tile(const T* weight, std::int64_t weight_stride, const Acc<T>* h, std::int
 template <int kRows, typename T>
 void tiles(const T* weight, std::int64_t weight_stride, std::int64_t count, const Acc<T>* h,
            std::int64_t h_stride, std::int64_t K, Acc<T>* out, std::int64_t out_stride) {
-  constexpr int kFit = (kRegisters - 2) / (kRows + 1);
+  constexpr int kFit = (kVecRegisters - 2) / (kRows + 1);
   constexpr int kOut = kFit > 8 ? 8 : (kFit < 1 ? 1 : kFit);
   std::int64_t i = 0;
   for (; i + kOut <= count; i += kOut)

@@ -9,7 +9,7 @@
 
 namespace zebra {
 
-// `launch(params, y)` fills y [rows, outputs] of a non-empty call.
+// `launch(params, x, y)` fills y [rows, outputs] from x [rows, K] of a non-empty call.
 template <typename Launch>
 Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTensor& norm_weight,
                            const OptTensor& bias, const OptTensor& residual,
@@ -68,7 +68,7 @@ Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTenso
           in.data_ptr(), weight.data_ptr(), norm_weight ? norm_weight->data_ptr() : nullptr,
           bias ? bias->data_ptr() : nullptr, residual ? r.data_ptr() : nullptr, y.data_ptr(), rows,
           outputs, K, in.stride(0), weight.stride(0), outputs, dtype, norm_dtype, swiglu, norm_eps},
-      in));
+      in, torch::stable::view(y, {rows, outputs})));
   return y;
 }
 

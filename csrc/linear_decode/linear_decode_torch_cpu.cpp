@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include "common/torch_mm.h"
 #include "linear_decode/linear_decode_torch.h"
 
 namespace zebra {
@@ -22,7 +23,7 @@ int64_t most_streamed_rows(DType dtype) {
 Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& norm_weight,
                         const OptTensor& bias, const OptTensor& residual,
                         const std::string& activation, double norm_eps) {
-  const auto launch = [&](const LinearDecodeParams& p, const Tensor& rows) {
+  const auto launch = [&](const LinearDecodeParams& p, const Tensor& rows, const Tensor& y) {
     if (p.rows <= most_streamed_rows(p.dtype)) {
       linear_decode_cpu(p);
       return Status{};
@@ -32,10 +33,12 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
       h = torch::stable::new_empty(rows, {p.rows, p.K});
       linear_decode_norm_cpu({p, h.data_ptr(), nullptr});
     }
-    Tensor w = weight;
-    const Tensor products = torch::stable::contiguous(
-        torch::stable::to(torch::stable::matmul(h, torch::stable::transpose(w, 0, 1)),
-                          h.scalar_type()));  // autocast may have chosen another dtype
+    if (!p.swiglu && p.bias == nullptr && p.residual == nullptr) {
+      matmul_into(h, transposed(weight), y);
+      return Status{};
+    }
+    const Tensor products = torch::stable::new_empty(rows, {p.rows, weight.size(0)});
+    matmul_into(h, transposed(weight), products);
     linear_decode_epilogue_cpu({p, nullptr, products.data_ptr()});
     return Status{};
   };

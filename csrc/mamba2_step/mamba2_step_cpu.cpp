@@ -1,7 +1,7 @@
 // mamba2_step on the CPU: one task per (row, KV group), which convolves the group's channels, then
 // streams the state of each of its heads once.  Every channel and head belongs to one task.
 #include "common/cpu/parallel.h"
-#include "common/cpu/vec.h"
+#include "common/cpu/simd.h"
 #include "mamba2_step/mamba2_step.h"
 
 namespace zebra::ZEBRA_ISA {
@@ -95,42 +95,30 @@ void conv_update(const Mamba2StepParams& p, const T* row, T* slot, std::int64_t 
   }
 }
 
-// kRows rows of one head's state: S = decay S + dx B, y = S C.
+// kRows rows of one head's state: S = decay S + dx B^T, y = S C.
 template <int kRows, typename S, typename A>
-void update_rows(S* __restrict state, const A* __restrict B, const A* __restrict C, A decay,
-                 const A* __restrict dx, A* __restrict y, std::int64_t N) {
-  static_assert(kRows == 1 || kRows == 4, "one row, or as many as hide the latency of the sums");
-  if constexpr (kRows == 1) {
-    A y0 = 0;
-#pragma omp simd reduction(+ : y0)
-    for (std::int64_t n = 0; n < N; ++n) {
-      const A v = decay * to_acc(state[n]) + dx[0] * B[n];
-      state[n] = from_acc<S>(v);
-      y0 += v * C[n];
+void update_rows(S* state, const A* B, const A* C, A decay, const A* dx, A* y, std::int64_t N) {
+  Vec<A> sum[kRows] = {};
+  std::int64_t n = 0;
+  for (; n + kLanes<A> <= N; n += kLanes<A>) {
+    Vec<A> b, c;
+    load(B + n, b);
+    load(C + n, c);
+    for (int i = 0; i < kRows; ++i) {
+      Vec<A> v;
+      load(state + i * N + n, v);
+      v = decay * v + dx[i] * b;
+      store(v, state + i * N + n);
+      sum[i] += v * c;
     }
-    y[0] = y0;
-  } else {
-    S *s0 = state, *s1 = state + N, *s2 = state + 2 * N, *s3 = state + 3 * N;
-    const A d0 = dx[0], d1 = dx[1], d2 = dx[2], d3 = dx[3];
-    A y0 = 0, y1 = 0, y2 = 0, y3 = 0;
-#pragma omp simd reduction(+ : y0, y1, y2, y3)
-    for (std::int64_t n = 0; n < N; ++n) {
-      const A b = B[n], c = C[n];
-      const A v0 = decay * to_acc(s0[n]) + d0 * b, v1 = decay * to_acc(s1[n]) + d1 * b;
-      const A v2 = decay * to_acc(s2[n]) + d2 * b, v3 = decay * to_acc(s3[n]) + d3 * b;
-      s0[n] = from_acc<S>(v0);
-      s1[n] = from_acc<S>(v1);
-      s2[n] = from_acc<S>(v2);
-      s3[n] = from_acc<S>(v3);
-      y0 += v0 * c;
-      y1 += v1 * c;
-      y2 += v2 * c;
-      y3 += v3 * c;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    y[i] = sum_lanes<A>(sum[i]);
+    for (std::int64_t m = n; m < N; ++m) {
+      const A v = decay * to_acc(state[i * N + m]) + dx[i] * B[m];
+      state[i * N + m] = from_acc<S>(v);
+      y[i] += v * C[m];
     }
-    y[0] = y0;
-    y[1] = y1;
-    y[2] = y2;
-    y[3] = y3;
   }
 }
 

@@ -1,5 +1,8 @@
 """fused_kl_div against its fp64 truth, on every device."""
 
+import subprocess
+import sys
+
 import pytest
 import tolerances
 import torch
@@ -110,12 +113,13 @@ def test_fused_kl_div_composite_matches_reference(dtype, monkeypatch):
 )
 def test_fused_kl_div_matches_reference_at_any_shape(M, V, Ds, Dt, temperature):
     args = make(M, V, Ds, Dt)
-    check(args, temperature)
-    check(args, temperature, composite)
+    truth = reference.fused_kl_div(*double(args), temperature)
+    for op in (ops.fused_kl_div, composite):
+        assert relative_error(op(*args, temperature), truth) < 3e-6
 
 
 def test_fused_kl_div_crosses_panels_of_a_wide_weight():
-    args = make(3, 600, 40_000, 8)  # 256 rows of the weight a panel
+    args = make(3, 300, 40_000, 8)  # 256 rows of the weight a panel
     dkl = torch.randn(3)
     check(args)
     got = gradients(ops.fused_kl_div, args, 1.0, dkl)
@@ -138,6 +142,23 @@ def test_fused_kl_div_crosses_chunks_of_tokens():
     torch.testing.assert_close(kl, torch.cat([h[0] for h in halves]))
     torch.testing.assert_close(dhidden, torch.cat([h[1] for h in halves]))
     assert relative_error(dweight, halves[0][2].double() + halves[1][2].double()) < 1e-5
+
+
+def test_fused_kl_div_never_holds_the_logits_of_all_tokens():
+    """2000 x 40000 logits of both models are 640 MB; the workspace is 256 MiB."""
+    script = """
+import resource, torch
+from zebra import ops
+h, w = torch.randn(2000, 4), torch.randn(40000, 4)
+ops.fused_kl_div(h[:1], w, h[:1], w)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+s, u = h.clone().requires_grad_(), w.clone().requires_grad_()
+ops.fused_kl_div(s, u, h, w).sum().backward()
+print(peak() - before)
+"""
+    output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert int(output.stdout) * 1024 < 320 << 20
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -208,8 +229,7 @@ def test_fused_kl_div_ignores_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got = ops.fused_kl_div(*args)
         direct = torch.ops.zebra.fused_kl_div(*args)[0]
-    assert torch.equal(got, ops.fused_kl_div(*args))
-    torch.testing.assert_close(direct, got, rtol=0.1, atol=0.1)
+    assert torch.equal(got, ops.fused_kl_div(*args)) and torch.equal(direct, got)
 
 
 def test_fused_kl_div_of_no_tokens(device):
@@ -290,7 +310,7 @@ def test_fused_kl_div_is_deterministic(device):
                 if count == threads:
                     assert torch.equal(got, want)
                 else:  # the sums are ours, but ATen's products may be cut by the thread count
-                    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+                    assert relative_error(got, want) < 0.1 * torch.finfo(got.dtype).eps + 1e-6
     finally:
         torch.set_num_threads(threads)
 

@@ -168,6 +168,11 @@ def test_linear_decode_carries_no_gradient(device):
     args = make(device=device)
     args[0].requires_grad_(), args[1].requires_grad_()
     assert not ops.linear_decode(*args).requires_grad
+    for rows in (3, 100):  # streamed, and ATen's product
+        args[0] = torch.randn(rows, 96, device=device, requires_grad=True)
+        y = torch.ops.zebra.linear_decode(args[0], args[1])
+        with pytest.raises(RuntimeError, match="zebra::linear_decode: it has no gradient"):
+            y.sum().backward()
 
 
 @pytest.mark.parametrize("rows", [5, 100])

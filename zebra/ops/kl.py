@@ -42,10 +42,12 @@ def fused_kl_div(
     Numerics:
         Logits, softmax and sums in fp32 (fp64 for fp64), also from 16-bit inputs: logits are never
         rounded to 16 bits.  Each term of the sum is p_T (exp(d) - 1 - d), d = log p_S - log p_T, so
-        that small divergences keep their digits and none is negative.  Memory: at most 256 MiB of
-        logits on the CPU, 512 MiB on CUDA (more only where 16 tokens exceed it), and in the
-        backward pass student_weight's gradient in fp32.  Deterministic.  On CUDA the gradient of
-        16-bit logits is rounded to 16 bits before its matrix products.
+        that small divergences keep their digits and none is negative.  The backward pass computes
+        the logits again.  Memory: 256 MiB of logits on the CPU, 512 MiB and temporaries of that
+        size on CUDA (more only where 16 tokens exceed it); on the CPU beyond 256 MiB of a panel's
+        logits (16 thousand tokens of width 2048) also the gradient of student_weight in fp32.
+        Deterministic.  On CUDA the gradient of the logits is rounded to student_hidden's dtype
+        before its matrix products.
     """
     with torch.autocast(student_hidden.device.type, enabled=False):
         return torch.ops.zebra.fused_kl_div(

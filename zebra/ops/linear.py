@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zebra.ops import reference
-from zebra.ops._register import composite, fake
+from zebra.ops._register import autograd, composite, fake
 
 
 def linear_decode(
@@ -87,6 +89,19 @@ def _linear_decode_composite(
     h = x if norm_weight is None else reference.rms_norm(x, norm_weight, eps=norm_eps)[0]
     y = F.linear(h, weight, bias)
     if activation == "swiglu":
-        gate, up = y.float().chunk(2, dim=-1)
+        gate, up = (y if y.dtype == torch.float64 else y.float()).chunk(2, dim=-1)
         y = (F.silu(gate) * up).to(x.dtype)
     return y if residual is None else y + residual
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _no_gradient(ctx: Any, dy: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "zebra::linear_decode: it has no gradient; train with torch.nn.functional.linear"
+    )
+
+
+autograd("linear_decode", _no_gradient, _setup)
