@@ -39,6 +39,9 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     # roundings, the first amplified.
     ("mla_attention.gradient", torch.bfloat16): 1.8,
     ("mla_attention.gradient", torch.float16): 1.8,
+    # dP - sum(dO o) cancels where the softmax is sharp; here the two sums run in different orders,
+    # in eager in the same.
+    ("mla_attention.gradient", torch.float32): 8.0,
     # The matrix products round to the operator's dtype, as nn.Linear does, and eager rounds only
     # the end: up to five equal roundings in a row (c_q, its norm, q, the rotation; and in dhidden
     # the sum of two products) instead of one, each as large as the last: sqrt(5), with headroom.

@@ -25,6 +25,7 @@ struct MlaAttentionShape {
   double scale;
   bool causal;
   DType dtype;
+  bool use_amx;  // CPU: cpu_has_amx_bf16()
 };
 
 struct MlaAttentionParams {

@@ -3,6 +3,7 @@
 //   forward   one task a (sequence, KV head, row block): flash blocks over the keys
 //   backward  one task a (sequence, KV head): row blocks in order, each over its visible keys;
 //             scores recomputed from lse; then dk_rope summed over KV heads in order
+#include "common/cpu/flash_amx.h"
 #include "common/cpu/flash_tile.h"
 #include "common/cpu/parallel.h"
 #include "mla_attention/mla_attention.h"
@@ -46,20 +47,18 @@ std::int64_t row_blocks(const MlaAttentionShape& p, const Sequence& s) {
   return ceil_div(s.queries * (p.H / p.G), kFlashRows);
 }
 
-template <typename T, typename A>
-void load_keys(const MlaAttentionShape& p, const Sequence& s, std::int64_t g, std::int64_t first,
-               std::int64_t count, A* k, std::int64_t ldk, A* v, std::int64_t ldv) {
-  for (std::int64_t j = 0; j < count; ++j) {
-    const std::int64_t token = s.first + first + j;
-    const T* const kv = static_cast<const T*>(p.kv) + s.batch * p.kv_stride[0] +
-                        token * p.kv_stride[1] + g * p.kv_stride[2];
-    const T* const rope =
-        static_cast<const T*>(p.k_rope) + s.batch * p.rope_stride[0] + token * p.rope_stride[1];
-    load_row(kv, k + j * ldk, p.nope);
-    load_row(rope, k + j * ldk + p.nope, p.E);
-    load_row(kv + p.nope, v + j * ldv, p.v_dim);
+// Where key token j of a KV head lies.
+template <typename T>
+struct Key {
+  const T *nope, *rope, *value;
+  Key(const MlaAttentionShape& p, const Sequence& s, std::int64_t g, std::int64_t j) {
+    const std::int64_t token = s.first + j;
+    nope = static_cast<const T*>(p.kv) + s.batch * p.kv_stride[0] + token * p.kv_stride[1] +
+           g * p.kv_stride[2];
+    rope = static_cast<const T*>(p.k_rope) + s.batch * p.rope_stride[0] + token * p.rope_stride[1];
+    value = nope + p.nope;
   }
-}
+};
 
 template <typename T>
 const T* query(const MlaAttentionShape& p, const Sequence& s, std::int64_t t, std::int64_t h) {
@@ -83,10 +82,9 @@ const std::int32_t* block_mask(const MlaAttentionShape& p, const Sequence& s, co
   return visible;
 }
 
-template <typename T>
+template <typename T, typename Tile>
 void forward_block(const MlaAttentionParams& params, const Sequence& s, std::int64_t g,
-                   std::int64_t block, FlashTile<Acc<T>>& tile, Acc<T>* k, std::int64_t ldk,
-                   Acc<T>* v, std::int64_t ldv) {
+                   std::int64_t block, Tile& tile) {
   using A = Acc<T>;
   const MlaAttentionShape& p = params.in;
   const Rows rows(p, s, block);
@@ -94,12 +92,18 @@ void forward_block(const MlaAttentionParams& params, const Sequence& s, std::int
   for (std::int64_t r = 0; r < rows.count; ++r)
     load_column(query<T>(p, s, rows.token(r), rows.head(r, g)), tile.q + r, p.nope + p.E, tile.ld,
                 static_cast<A>(p.scale));
+  tile.queries_ready();
   const std::int64_t end = s.seen(p, rows.token(rows.count - 1));
   for (std::int64_t at = 0; at < end; at += kFlashKeys) {
     const std::int64_t count = end - at < kFlashKeys ? end - at : kFlashKeys;
-    load_keys<T>(p, s, g, at, count, k, ldk, v, ldv);
+    for (std::int64_t j = 0; j < count; ++j) {
+      const Key<T> key(p, s, g, at + j);
+      tile.load_key(j, key.nope, p.nope);
+      tile.load_key(j, key.rope, p.E, p.nope);
+      tile.load_value(j, key.value);
+    }
     std::int32_t visible[kFlashRows];
-    tile.step(k, ldk, v, ldv, count, block_mask(p, s, rows, at, count, visible));
+    tile.fold(count, block_mask(p, s, rows, at, count, visible));
   }
   for (std::int64_t r = 0; r < rows.count; ++r) {
     A* const o = tile.o + r * tile.ldo;
@@ -111,31 +115,40 @@ void forward_block(const MlaAttentionParams& params, const Sequence& s, std::int
   }
 }
 
+template <typename T, typename Tile>
+void forward_range(const MlaAttentionParams& params, const std::int64_t* first_task,
+                   std::int64_t begin, std::int64_t end) {
+  const MlaAttentionShape& p = params.in;
+  Tile tile(p.nope + p.E, p.v_dim, false);
+  std::int64_t i = 0;
+  for (std::int64_t task = begin; task < end; ++task) {
+    while (first_task[i + 1] <= task) ++i;
+    const Sequence s(p, i);
+    const std::int64_t blocks = row_blocks(p, s), at = task - first_task[i];
+    // Long and short blocks alternate, so that ranges of tasks cost the same.
+    const std::int64_t turn = at % blocks;
+    const std::int64_t block = turn % 2 == 0 ? turn / 2 : blocks - 1 - turn / 2;
+    forward_block<T>(params, s, at / blocks, block, tile);
+  }
+}
+
 template <typename T>
 void forward(const MlaAttentionParams& params) {
-  using A = Acc<T>;
   const MlaAttentionShape& p = params.in;
   std::int64_t* const first_task = new std::int64_t[p.sequences + 1];
   first_task[0] = 0;
   for (std::int64_t i = 0; i < p.sequences; ++i)
     first_task[i + 1] = first_task[i] + p.G * row_blocks(p, Sequence(p, i));
   parallel_for(first_task[p.sequences], 1, [&](std::int64_t begin, std::int64_t end) {
-    FlashTile<A> tile(p.nope + p.E, p.v_dim);
-    const std::int64_t ldk = pad_lanes<A>(p.nope + p.E), ldv = pad_lanes<A>(p.v_dim);
-    A* const k = new A[kFlashKeys * (ldk + ldv)];
-    A* const v = k + kFlashKeys * ldk;
-    for (std::int64_t i = 0; i < kFlashKeys * (ldk + ldv); ++i) k[i] = A(0);
-    std::int64_t i = 0;
-    for (std::int64_t task = begin; task < end; ++task) {
-      while (first_task[i + 1] <= task) ++i;
-      const Sequence s(p, i);
-      const std::int64_t blocks = row_blocks(p, s), at = task - first_task[i];
-      // Long and short blocks alternate, so that ranges of tasks cost the same.
-      const std::int64_t turn = at % blocks;
-      const std::int64_t block = turn % 2 == 0 ? turn / 2 : blocks - 1 - turn / 2;
-      forward_block<T>(params, s, at / blocks, block, tile, k, ldk, v, ldv);
+#ifdef ZEBRA_FLASH_AMX
+    if constexpr (kIsBFloat16<T>) {
+      if (p.use_amx) {
+        const AmxScope scope;
+        return forward_range<T, FlashAmx>(params, first_task, begin, end);
+      }
     }
-    delete[] k;
+#endif
+    forward_range<T, FlashTile<Acc<T>>>(params, first_task, begin, end);
   });
   delete[] first_task;
 }
@@ -259,7 +272,12 @@ template <typename T>
 void backward_head(const MlaAttentionBackwardParams& params, const Sequence& s, std::int64_t g,
                    Gradient<Acc<T>>& w) {
   const MlaAttentionShape& p = params.in;
-  load_keys<T>(p, s, g, 0, s.keys, w.k, w.ldk, w.v, w.ldv);
+  for (std::int64_t j = 0; j < s.keys; ++j) {
+    const Key<T> key(p, s, g, j);
+    load_row(key.nope, w.k + j * w.ldk, p.nope);
+    load_row(key.rope, w.k + j * w.ldk + p.nope, p.E);
+    load_row(key.value, w.v + j * w.ldv, p.v_dim);
+  }
   for (std::int64_t i = 0; i < s.keys * w.ldk; ++i) w.dk[i] = 0;
   for (std::int64_t i = 0; i < s.keys * w.ldv; ++i) w.dv[i] = 0;
   const std::int64_t blocks = row_blocks(p, s);

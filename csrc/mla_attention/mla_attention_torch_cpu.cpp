@@ -17,8 +17,9 @@ void check_values(const Check& check, const MlaAttentionShape& p) {
 auto mla_attention_op(const Tensor& q, const Tensor& kv, const Tensor& k_rope, double scale,
                       const OptTensor& cu_seqlens, bool causal) {
   return mla_attention_torch(q, kv, k_rope, scale, cu_seqlens, causal,
-                             [](const Check& check, const MlaAttentionParams& p) {
+                             [](const Check& check, MlaAttentionParams& p) {
                                check_values(check, p.in);
+                               p.in.use_amx = cpu_has_amx_bf16();
                                mla_attention_cpu(p);
                                return Status{};
                              });

@@ -27,6 +27,7 @@ struct MlaDecodeParams {
   std::int64_t split_size;  // cached tokens of one partial result
   double scale;
   DType dtype;
+  bool use_amx;  // CPU: cpu_has_amx_bf16()
 };
 
 // Tokens of a partial result on the CPU.  A constant, so that the result of a sequence depends

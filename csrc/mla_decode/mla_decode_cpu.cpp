@@ -4,6 +4,7 @@
 //                and new tokens of a sequence share every latent block, converted once
 //   3. merge     one task a (sequence, row block): splits in order
 //   4. unabsorb  one task a (KV head, 64 rows): o = U_v o~
+#include "common/cpu/flash_amx.h"
 #include "common/cpu/flash_tile.h"
 #include "common/cpu/parallel.h"
 #include "mla_decode/mla_decode.h"
@@ -58,7 +59,10 @@ struct Decode {
     const std::int64_t splits = first_split[p.B];
     if (p.weight != nullptr) {
       widen_weight();
-      latent_o = new A[p.G * p.R * pad_lanes<A>(group_rows())];
+      // Zeros: padding that held denormal numbers would slow the products down.
+      const std::int64_t size = p.G * p.R * pad_lanes<A>(group_rows());
+      latent_o = new A[size];
+      for (std::int64_t i = 0; i < size; ++i) latent_o[i] = A(0);
     }
     queries = new A[p.B * query_size()];
     partial = new A[splits * rows * ldr];
@@ -69,17 +73,15 @@ struct Decode {
       delete[] latent;
     });
     parallel_for(splits * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-      FlashTile<A> tile(depth, p.R);
-      const std::int64_t ldk = pad_lanes<A>(depth);
-      A* const keys = new A[kFlashKeys * ldk];
-      for (std::int64_t i = 0; i < kFlashKeys * ldk; ++i) keys[i] = A(0);
-      std::int64_t b = 0;
-      for (std::int64_t i = begin; i < end; ++i) {
-        const std::int64_t split = i / blocks;
-        while (first_split[b + 1] <= split) ++b;
-        attend(b, i % blocks, split, tile, keys, ldk);
+#ifdef ZEBRA_FLASH_AMX
+      if constexpr (kIsBFloat16<T>) {
+        if (p.use_amx) {
+          const AmxScope scope;
+          return attend_range<FlashAmx>(begin, end);
+        }
       }
-      delete[] keys;
+#endif
+      attend_range<FlashTile<A>>(begin, end);
     });
     parallel_for(p.B * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
       A* const row = new A[ldr];
@@ -141,8 +143,25 @@ struct Decode {
     }
   }
 
-  void attend(std::int64_t b, std::int64_t block, std::int64_t split, FlashTile<A>& tile, A* keys,
-              std::int64_t ldk) {
+  // The cache row of a token.
+  const T* latent(std::int64_t b, std::int64_t token) const {
+    const std::int64_t page = p.block_table[b * p.table_stride + token / p.page];
+    return static_cast<const T*>(p.cache) + page * p.page_stride + token % p.page * p.row_stride;
+  }
+
+  template <typename Tile>
+  void attend_range(std::int64_t begin, std::int64_t end) {
+    Tile tile(depth, p.R, true);
+    std::int64_t b = 0;
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t split = i / blocks;
+      while (first_split[b + 1] <= split) ++b;
+      attend(b, i % blocks, split, tile);
+    }
+  }
+
+  template <typename Tile>
+  void attend(std::int64_t b, std::int64_t block, std::int64_t split, Tile& tile) {
     const std::int64_t length = p.seq_lens[b * p.seq_lens_stride];
     const std::int64_t first = (split - first_split[b]) * p.split_size;
     const std::int64_t last = first + p.split_size < length ? first + p.split_size : length;
@@ -151,16 +170,17 @@ struct Decode {
     const A* const q = query_block(b, block);
     for (std::int64_t i = 0; i < depth; ++i)
       for (std::int64_t r = 0; r < n; ++r) tile.q[i * tile.ld + r] = q[i * tile.ld + r];
-    const std::int32_t* const table = p.block_table + b * p.table_stride;
+    tile.queries_ready();
     // The first row sees the fewest tokens: only blocks that reach past them need a mask.
     const std::int64_t fewest = length - p.T + row0 / p.H + 1;
     for (std::int64_t at = first; at < last; at += kFlashKeys) {
       const std::int64_t count = last - at < kFlashKeys ? last - at : kFlashKeys;
-      for (std::int64_t j = 0; j < count; ++j) {
-        const std::int64_t token = at + j, page = table[token / p.page];
-        const T* const src =
-            static_cast<const T*>(p.cache) + page * p.page_stride + token % p.page * p.row_stride;
-        load_row(src, keys + j * ldk, depth);
+      for (std::int64_t j = 0; j < count; ++j) tile.load_key(j, latent(b, at + j), depth);
+      // Pages are scattered, which hardware prefetching does not follow.
+      for (std::int64_t j = at + count; j < last && j < at + count + kFlashKeys; ++j) {
+        const char* const next = reinterpret_cast<const char*>(latent(b, j));
+        for (std::int64_t i = 0; i < depth * static_cast<std::int64_t>(sizeof(T)); i += 64)
+          __builtin_prefetch(next + i, 0, 2);
       }
       std::int32_t visible[kFlashRows];
       const bool masked = at + count > fewest;
@@ -168,7 +188,7 @@ struct Decode {
         const std::int64_t seen = length - p.T + (row0 + r) / p.H + 1 - at;
         visible[r] = static_cast<std::int32_t>(seen < 0 ? 0 : seen < count ? seen : count);
       }
-      tile.step(keys, ldk, keys, ldk, count, masked ? visible : nullptr);
+      tile.fold(count, masked ? visible : nullptr);
     }
     for (std::int64_t r = 0; r < n; ++r) {
       const std::int64_t at = split * rows + row0 + r;

@@ -30,6 +30,7 @@ auto mla_decode_op(const Tensor& q, const Tensor& cache, const Tensor& block_tab
                           kv_lora_rank, split_size, [](const Check& check, MlaDecodeParams& p) {
                             check_values(check, p);
                             if (p.split_size == 0) p.split_size = kMlaDecodeCpuSplit;
+                            p.use_amx = cpu_has_amx_bf16();
                             mla_decode_cpu(p);
                             return Status{};
                           });

@@ -221,7 +221,10 @@ def test_mla_attention_survives_adversarial_scores(sign, step, device):
     truth = run(
         reference.mla_attention, *([t.double().cpu() for t in ts] for ts in (inputs, grads))
     )
-    assert all(relative_error(a, b) < 2e-6 for a, b in zip(got, truth, strict=True))
+    # The whole of lse can be log(1 + exp(-21)), less than the rounding of the 1.
+    torch.testing.assert_close(got.pop(1).double().cpu(), truth.pop(1), rtol=1e-6, atol=1e-6)
+    errors = [relative_error(a, b) for a, b in zip(got, truth, strict=True)]
+    assert max(errors) < 2e-6, errors
 
 
 def test_mla_attention_is_deterministic(device):

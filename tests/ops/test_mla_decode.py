@@ -1,5 +1,10 @@
 """mla_decode against its fp64 truth, on every device."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tolerances
 import torch
@@ -371,6 +376,27 @@ def test_mla_decode_survives_graph_replay_with_other_lengths():
         args["seq_lens"].copy_(torch.tensor(lengths, dtype=torch.int32))
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(got, ops.mla_decode(**args), strict=True))
+
+
+COMPARE = """
+import sys, torch
+sys.path[:0] = ["tests", "tests/ops"]
+import test_mla_attention, test_mla_decode
+for dtype in (torch.bfloat16, torch.float32):
+    torch.manual_seed(0)
+    test_mla_decode.check(
+        test_mla_decode.make(test_mla_decode.ZEBRA["8b"], [700, 3, 0, 65], dtype, "cpu", tokens=3))
+    attention = test_mla_attention.make(test_mla_attention.DIMS["3b"], 2, 70, dtype, "cpu")
+    test_mla_attention.check(*attention)
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "v3", "v4"])
+def test_mla_kernels_match_reference_on_lesser_instruction_sets(isa):
+    environment = os.environ | {"ZEBRA_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", COMPARE], env=environment, cwd=root, check=True)
 
 
 def change(**new):

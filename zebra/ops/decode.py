@@ -44,8 +44,8 @@ def mla_decode(
         kv_b_weight: [G * (Dn + Dv), R] of q's dtype: Dn key rows then Dv value rows a KV head.
         num_kv_heads: G, with kv_b_weight.
         kv_lora_rank: R, without kv_b_weight.
-        split_size: cached tokens of one partial result, 0 for automatic; results for two values
-            differ by fp32 rounding only.
+        split_size: cached tokens of one partial result, 0 for automatic (512 on the CPU); results
+            for two values differ by fp32 rounding only.
 
     Returns:
         o [B, T, H, Dv] (or R for latent queries) like q, and lse [B, T, H] fp32, natural logarithm
@@ -56,8 +56,8 @@ def mla_decode(
             block_table entry is out of range (CUDA does not read values on the host).
 
     Numerics:
-        fp32 throughout (fp64 for fp64), one rounding to the output dtype.  Deterministic; on the
-        CPU independent of threads and of the rest of the batch.  Not differentiable.
+        fp32 accuracy throughout (fp64 for fp64), one rounding to the output dtype.  Deterministic;
+        on the CPU independent of threads and of the rest of the batch.  Not differentiable.
     """
     return torch.ops.zebra.mla_decode(
         q,

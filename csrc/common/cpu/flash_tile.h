@@ -17,22 +17,36 @@ namespace zebra::ZEBRA_ISA {
 constexpr std::int64_t kFlashKeys = 64;  // keys of a block
 constexpr std::int64_t kFlashRows = 64;  // most query rows of a block
 
-// Memory of one thread for one row block.  `ld` pads rows to whole vectors.
+template <typename T>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<BFloat16> = true;
+
+// Memory of one thread for one row block.  `ld` pads rows to whole vectors.  In latent attention
+// (`latent`) the first `width` columns of a key are its value.
 template <typename A>
 struct FlashTile {
-  std::int64_t depth, width, ldo;  // of keys, of values, row stride of o
+  std::int64_t depth, width;   // of keys, of values
+  std::int64_t ldk, ldv, ldo;  // row strides of k, v and o
   std::int64_t rows = 0, ld = 0;
   A* memory;
   A* q;              // [depth, ld]: queries, scaled and transposed
   A* s;              // [kFlashKeys, ld]
-  A* o;              // [kFlashRows, ldo]: sum of exp(s - max) v
+  A* o;              // [ld, ldo]: sum of exp(s - max) v
+  A *k, *v;          // [kFlashKeys, ldk or ldv]: the block of keys and values
   A *max, *sum;      // [ld] of every row
   A *block, *shift;  // [ld] scratch
 
-  FlashTile(std::int64_t depth_, std::int64_t width_)
-      : depth(depth_), width(width_), ldo(pad_lanes<A>(width_)) {
+  FlashTile(std::int64_t depth_, std::int64_t width_, bool latent)
+      : depth(depth_),
+        width(width_),
+        ldk(pad_lanes<A>(depth_)),
+        ldv(latent ? ldk : pad_lanes<A>(width_)),
+        ldo(pad_lanes<A>(width_)) {
     const std::int64_t most = pad_lanes<A>(kFlashRows);
-    memory = new A[(depth + kFlashKeys + 4) * most + kFlashRows * ldo];
+    const std::int64_t total = (depth + kFlashKeys + 4 + ldo) * most + kFlashKeys * (ldk + ldv);
+    memory = new A[total];
+    for (std::int64_t i = 0; i < total; ++i) memory[i] = A(0);
     q = memory;
     s = q + depth * most;
     max = s + kFlashKeys * most;
@@ -40,6 +54,8 @@ struct FlashTile {
     block = sum + most;
     shift = block + most;
     o = shift + most;
+    k = o + most * ldo;
+    v = latent ? k : k + kFlashKeys * ldk;
   }
   FlashTile(const FlashTile&) = delete;
   FlashTile& operator=(const FlashTile&) = delete;
@@ -50,17 +66,15 @@ struct FlashTile {
     rows = rows_;
     ld = pad_lanes<A>(rows);
     for (std::int64_t i = 0; i < depth * ld; ++i) q[i] = A(0);
-    for (std::int64_t i = 0; i < rows * ldo; ++i) o[i] = A(0);
+    for (std::int64_t i = 0; i < ld * ldo; ++i) o[i] = A(0);
     for (std::int64_t r = 0; r < ld; ++r) {
       max[r] = -std::numeric_limits<A>::infinity();
       sum[r] = A(0);
     }
   }
 
-  // s = k q, then -inf where row r may not see key j: j >= visible[r].  visible == nullptr: all.
-  void scores(const A* k, std::int64_t ldk, std::int64_t keys, const std::int32_t* visible) {
-    gemm<false, true>(keys, ld, depth, k, ldk, q, ld, s, ld);
-    if (visible == nullptr) return;
+  // Sets s to -inf where row r may not see key j: j >= visible[r].
+  void mask(std::int64_t keys, const std::int32_t* visible) {
     for (std::int64_t j = 0; j < keys; ++j) {
       A* const __restrict sj = s + j * ld;
       const std::int32_t key = static_cast<std::int32_t>(j);
@@ -70,10 +84,8 @@ struct FlashTile {
     }
   }
 
-  // Folds a block of keys and values in.
-  void step(const A* k, std::int64_t ldk, const A* v, std::int64_t ldv, std::int64_t keys,
-            const std::int32_t* visible) {
-    scores(k, ldk, keys, visible);
+  // Turns the scores s into exp(s - max), with max, sum and o brought to the new maximum.
+  void softmax(std::int64_t keys) {
     A* const __restrict b = block;
     A* const __restrict f = shift;
 #pragma omp simd
@@ -114,6 +126,26 @@ struct FlashTile {
         total[r] += sj[r];
       }
     }
+  }
+
+  // Call it between filling q and the first block.
+  void queries_ready() {}
+
+  // Columns [at, at + n) of key j, and value j.
+  template <typename T>
+  void load_key(std::int64_t j, const T* src, std::int64_t n, std::int64_t at = 0) {
+    load_row(src, k + j * ldk + at, n);
+  }
+  template <typename T>
+  void load_value(std::int64_t j, const T* src) {
+    load_row(src, v + j * ldv, width);
+  }
+
+  // Folds the loaded block in.  visible == nullptr: every row sees all of it.
+  void fold(std::int64_t keys, const std::int32_t* visible) {
+    gemm<false, true>(keys, ld, depth, k, ldk, q, ld, s, ld);
+    if (visible != nullptr) mask(keys, visible);
+    softmax(keys);
     gemm<true, false>(rows, width, keys, s, ld, v, ldv, o, ldo);
   }
 

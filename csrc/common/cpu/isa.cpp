@@ -3,6 +3,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace zebra {
 namespace {
 
@@ -26,7 +32,27 @@ Isa detect() {
   return wanted < best ? wanted : best;
 }
 
+bool detect_amx_bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  // Linux grants the tile registers to a process on request.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+bool cpu_has_amx_bf16() {
+  static const bool has =
+      std::getenv("ZEBRA_CPU_ISA") == nullptr && cpu_isa() == Isa::kV4 && detect_amx_bf16();
+  return has;
+}
 
 Isa cpu_isa() {
   static const Isa isa = detect();

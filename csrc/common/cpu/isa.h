@@ -18,6 +18,10 @@ enum class Isa { kBaseline, kV3, kV4 };  // x86-64, x86-64-v3 (AVX2 + FMA), x86-
 Isa cpu_isa();
 const char* cpu_isa_name();
 
+// Whether kernels of x86-64-v4 may also use the bf16 matrix unit (AMX): the machine has it, the
+// system lets this process use it, and ZEBRA_CPU_ISA is not set.
+bool cpu_has_amx_bf16();
+
 }  // namespace zebra
 
 // Declares `void NAME(const PARAMS&)` in every instruction-set namespace, and zebra::NAME_cpu,
