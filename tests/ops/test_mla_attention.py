@@ -114,9 +114,9 @@ def test_mla_attention_composite_matches_reference(packed, causal, dtype, monkey
 @given(
     group=st.integers(1, 9),
     G=st.integers(1, 4),
-    Dn=st.integers(1, 20),
+    Dn=st.integers(4, 20),
     half=st.integers(0, 12),
-    Dv=st.integers(1, 20),
+    Dv=st.integers(4, 20),
     B=st.integers(0, 2),
     T=st.integers(1, 80),
     prefix=st.integers(0, 80),
