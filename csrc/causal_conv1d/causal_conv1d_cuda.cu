@@ -1,27 +1,31 @@
 // causal_conv1d for every GPU from sm_80 on.
 //
 // Computes       pre[t] = bias + sum_w weight[w] x[t - (W-1) + w], y = silu(pre) or pre, its
-// gradients
-//                (causal_conv1d.h), and the one-token step of decoding.
-// Grid           forward: channel blocks x tiles of tokens, then channel blocks x sequences for the
-//                final states.  Backward: channel blocks x groups of tiles; then one kernel sums
-//                the partial weight gradients and gives dinitial_state.  Step: channel blocks x
-//                rows.
-// Tiles          causal_conv1d_config.h: 128 threads x 8 channels (16 bytes) x up to 128 tokens
-//                (backward 256).  A thread owns its channels and walks along time; it never talks
-//                to another thread, so there is no barrier.
-// Shared memory  a ring of 8 rows, 16 bytes a thread and row, filled by cp.async 7 rows ahead:
-//                forward 16 KiB, backward 32 KiB (x and dy) and 4 KiB of bias.  A thread reads only
-//                what it wrote. On an H200 that is 70 KiB (forward, 5 CTAs) and 84 KiB (backward, 3
+//                gradients (causal_conv1d.h), and the one-token step of decoding.
+//                Derivation and what was rejected: docs/kernels/causal_conv1d.md.
+// Grid           forward: channel blocks x tiles of tokens, then (packed) channel blocks x
+//                sequences for the final states.  Backward: channel blocks x groups of tiles, then
+//                one kernel that sums the partial weight gradients and gives dinitial_state.
+//                Step: channel blocks x rows.
+// Tiles          causal_conv1d_config.h: 128 threads x 8 channels (16 bytes) x up to 192 tokens
+//                (backward 256), whole waves of CTAs.  A thread owns its channels and walks along
+//                time; it never talks to another thread, so there is no barrier.
+// Shared memory  a ring of 8 rows of 16 bytes a thread, filled by cp.async 7 rows ahead: forward
+//                16 KiB, backward 32 KiB (x and dy) and 4 KiB of bias.  A thread reads only what
+//                it wrote.  On an H200 that is 70 KiB (forward, 5 CTAs) and 84 KiB (backward, 3
 //                CTAs) of loads in flight on a multiprocessor, without a register.
-// Registers      weights, the W-1 last rows and (backward) the sums of dx, dweight, dbias, in fp32.
+// Registers      sm_90, 16 bit, W = 4: forward 95 (packed 92), backward 168, step 95; no spills.
+//                Weights and the sums of dx, dweight and dbias are fp32; the W-1 last rows stay
+//                packed.
 // Misaligned     rows that are not 16-byte aligned take one channel a thread and plain loads.
 // Packed         a tile finds its first sequence by binary search and then only compares tokens
 //                with the end of the sequence; the unpacked instance has none of it.  Boundaries
 //                are clamped: wrong values give wrong rows, never a wrong access.
-// Bound          HBM.  16,384 tokens x 6144 channels, 16 bit: forward 403 MB, backward 604 MB;
-//                at 4.25 TB/s 0.095 + 0.142 ms, plus 1.2 % (2.3 %) for rows read by two tiles.
-// Predicted      forward 0.103 ms, backward 0.165 ms, one event floor of 4.3 us in each.
+// Bound          HBM.  16,384 tokens x 6144 channels, 16 bit: forward 403 MB, backward 604 MB; at
+//                4.25 TB/s 0.095 + 0.142 ms, plus 1 % (2.5 %) for rows read by two tiles.
+//                Forward issues 19 instructions an element and lane, 60 % of the slots at that
+//                rate; backward 34, 70 %.
+// Predicted      forward 0.103 ms, backward 0.170 ms, an event floor of 4.3 us in each.
 // Measured       not yet.
 #include <initializer_list>
 
@@ -34,17 +38,15 @@ namespace {
 
 // ---- forward --------------------------------------------------------------------------------
 
-// The last W-1 rows of sequence i.
+// rows[0 .. W-2]: the last W-1 rows of sequence i
 template <typename T, int kVec, int W>
-__device__ __forceinline__ void write_final_state(const CausalConv1dParams& p, int i, int c0) {
-  const Sequence s = sequence(p.in, i);
+__device__ __forceinline__ void store_state(const CausalConv1dParams& p, int i, int c0,
+                                            const Row<T, kVec> (&rows)[W]) {
   T* state = static_cast<T*>(p.final_state) + (i * p.in.channels + c0) * (W - 1);
 #pragma unroll
-  for (int k = 0; k < W - 1; ++k) {
-    const Row<T, kVec> row = full_row<T, kVec, W>(p.in, s, s.end - (W - 1) + k, c0);
+  for (int k = 0; k < W - 1; ++k)
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) state[j * (W - 1) + k] = from_float<T>(row[j]);
-  }
+    for (int j = 0; j < kVec; ++j) state[j * (W - 1) + k] = from_float<T>(rows[k][j]);
 }
 
 template <typename T, int kVec, int W, bool kPacked>
@@ -56,8 +58,13 @@ __global__ void __launch_bounds__(kThreads, 5)
   const unsigned item = blockIdx.x / channel_blocks, block = blockIdx.x % channel_blocks;
   const int c0 = (block * blockDim.x + threadIdx.x) * kVec;
   if (c0 >= in.channels) return;
-  if (item >= tiles * in.batch)
-    return write_final_state<T, kVec, W>(p, item - tiles * in.batch, c0);
+  Row<T, kVec> rows[W];
+  if (item >= tiles * in.batch) {  // the final state of a sequence, which may be empty
+    const Sequence s = sequence(in, item - tiles * in.batch);
+#pragma unroll
+    for (int k = 0; k < W - 1; ++k) rows[k] = full_row<T, kVec, W>(in, s, s.end - (W - 1) + k, c0);
+    return store_state(p, s.index, c0, rows);
+  }
   const int b = item / tiles, t0 = item % tiles * tile;
   const int t1 = min(t0 + tile, static_cast<int>(in.tokens)), count = t1 - t0;
   Rows<T, kVec> x(ring + threadIdx.x * 16, blockDim.x * 16, x_row<T>(in, b, t0) + c0,
@@ -70,7 +77,6 @@ __global__ void __launch_bounds__(kThreads, 5)
   const Parameters<T, kVec, W> parameters(in, c0);
   T* y = static_cast<T*>(p.y) + (b * in.tokens + t0) * in.channels + c0;
   Sequence s = kPacked ? sequence_at(in, b, t0) : Sequence{b, 0, static_cast<int>(in.tokens)};
-  Row<T, kVec> rows[W];
   int n = 0;  // rows done
   for (;;) {
 #pragma unroll
@@ -102,6 +108,7 @@ __global__ void __launch_bounds__(kThreads, 5)
     if (!kPacked || n >= count) break;
     s = next_sequence(in, s, t0 + n);
   }
+  if (!kPacked && t1 == in.tokens) store_state(p, b, c0, rows);
 }
 
 // ---- step -----------------------------------------------------------------------------------
@@ -211,11 +218,12 @@ Status forward(const CausalConv1dParams& p, CUstream_st* stream) {
                                {in.x_batch_stride, in.x_row_stride});
   const CausalConv1dConfig c =
       select_causal_conv1d_config(in.batch, in.tokens, in.channels, sizeof(T), wide);
-  const std::int64_t ctas = (in.batch * c.tiles + in.sequences) * c.channel_blocks;
-  if (ctas == 0) return {};
   if (const Status status = check_counts(in); status.error) return status;
-  if (const Status status = check_grid(ctas); status.error) return status;
   return with_tile<T>(wide, in.width, in.cu_seqlens != nullptr, [&](auto vec, auto w, auto packed) {
+    const std::int64_t states = packed() || c.tiles == 0 ? in.sequences : 0;
+    const std::int64_t ctas = (in.batch * c.tiles + states) * c.channel_blocks;
+    if (ctas == 0) return Status{};
+    if (const Status status = check_grid(ctas); status.error) return status;
     causal_conv1d_fwd_kernel<T, vec(), w(), packed()>
         <<<static_cast<unsigned>(ctas), c.threads, 0, stream>>>(
             p, static_cast<int>(c.tile), static_cast<unsigned>(c.tiles),
