@@ -51,6 +51,8 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     ("mla_project.gradient", torch.float16): 2.8,
     # The chunked form sums dA over pairs of tokens, eager over tokens.
     ("ssd_scan.gradient", torch.float32): 12.0,
+    # Eager sums dweight and dbias in short runs, pairwise; the kernel token after token in a tile.
+    ("causal_conv1d.gradient", torch.float32): 8.0,
 }
 
 

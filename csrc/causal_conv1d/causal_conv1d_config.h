@@ -25,10 +25,11 @@ constexpr int kCausalConv1dMaxWidth = 4;
 
 namespace detail {
 
-// Tiles of about `ctas` CTAs in all, `shortest` to `longest` tokens each, equal within a batch row.
+// Tiles of `shortest` to `longest` tokens, equal within a batch row, so that the CTAs fill whole
+// waves of `slots` CTAs that run at once: a last wave of a few CTAs costs as much as a full one.
 constexpr CausalConv1dConfig tile_causal_conv1d(std::int64_t batch, std::int64_t tokens,
                                                 std::int64_t channels, int element_bytes,
-                                                bool aligned, std::int64_t ctas,
+                                                bool aligned, std::int64_t slots,
                                                 std::int64_t shortest, std::int64_t longest) {
   CausalConv1dConfig c = {};
   c.vec = aligned ? 16 / element_bytes : 1;
@@ -36,38 +37,42 @@ constexpr CausalConv1dConfig tile_causal_conv1d(std::int64_t batch, std::int64_t
   c.threads = vecs >= kCausalConv1dThreads ? kCausalConv1dThreads
                                            : static_cast<int>(round_up<std::int64_t>(vecs, 32));
   c.channel_blocks = ceil_div<std::int64_t>(vecs, c.threads);
-  std::int64_t tile = ceil_div(batch * tokens * c.channel_blocks, ctas);
-  tile = tile < shortest ? shortest : (tile > longest ? longest : tile);
-  c.tiles = ceil_div(tokens, tile);
-  c.tile = c.tiles == 0 ? 0 : ceil_div(tokens, c.tiles);
-  // Batch rows shorter than a tile share a CTA.
-  c.items = c.tile == 0 || c.tile * 2 > tile ? 1 : tile / c.tile;
-  c.partials = ceil_div(batch * c.tiles, c.items);
+  c.items = 1;
+  if (batch == 0 || tokens == 0) return c;
+  const std::int64_t work = batch * tokens * c.channel_blocks;
+  const std::int64_t waves = ceil_div(work, slots * longest);
+  const std::int64_t tiles = slots * waves / (batch * c.channel_blocks);
+  const std::int64_t most = ceil_div(tokens, shortest);
+  c.tile = ceil_div(tokens, tiles < 1 ? 1 : (tiles > most ? most : tiles));
+  c.tiles = ceil_div(tokens, c.tile);
+  c.partials = batch * c.tiles;
   return c;
 }
 
 }  // namespace detail
 
-// Forward: tiles of up to 128 tokens, so that the W-1 rows read twice are below 3 % of the reads;
-// shorter ones where the problem would not give every multiprocessor several CTAs.
+// Forward: whole waves of the 132 x 5 CTAs of an H200.  Tiles of up to 192 tokens: the W-1 rows
+// read twice stay below 3 % of the reads of a large problem.
 constexpr CausalConv1dConfig select_causal_conv1d_config(std::int64_t batch, std::int64_t tokens,
                                                          std::int64_t channels, int element_bytes,
                                                          bool aligned) {
-  CausalConv1dConfig c =
-      detail::tile_causal_conv1d(batch, tokens, channels, element_bytes, aligned, 768, 16, 128);
-  c.items = 1;
-  c.partials = batch * c.tiles;
-  return c;
+  return detail::tile_causal_conv1d(batch, tokens, channels, element_bytes, aligned, 132 * 5, 16,
+                                    192);
 }
 
-// Backward: a function of the shape only, so that the weight gradient is the same on every GPU.
-// Tiles of up to 256 tokens: the partial sums, 8 (W+1) bytes a channel and tile, stay below 3 % of
-// the traffic of 16-bit tokens.
+// Backward: whole waves of 132 x 3 CTAs.  A function of the shape only, so that the weight gradient
+// is the same on every GPU.  Tiles of up to 256 tokens: the partial sums, 8 (W+1) bytes a channel
+// and tile, stay below 3 % of the traffic of 16-bit tokens.
 constexpr CausalConv1dConfig select_causal_conv1d_backward_config(std::int64_t batch,
                                                                   std::int64_t tokens,
                                                                   std::int64_t channels,
                                                                   int element_bytes, bool aligned) {
-  return detail::tile_causal_conv1d(batch, tokens, channels, element_bytes, aligned, 384, 32, 256);
+  CausalConv1dConfig c =
+      detail::tile_causal_conv1d(batch, tokens, channels, element_bytes, aligned, 132 * 3, 32, 256);
+  // Batch rows shorter than the shortest tile share a CTA.
+  if (c.tile > 0 && c.tile < 32) c.items = 32 / c.tile;
+  c.partials = ceil_div(batch * c.tiles, c.items);
+  return c;
 }
 
 // The CPU sums the weight gradient over at most 32 groups of tiles.

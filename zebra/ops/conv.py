@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from zebra.ops._register import autograd, fake, optional
+from zebra.ops._register import autograd, composite, fake, optional
 
 
 def causal_conv1d(
@@ -128,6 +129,148 @@ def _causal_conv1d_step_fake(
     state_indices: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape)
+
+
+# The composites index rows by token, so that packed sequences need no value on the host.
+
+
+def _sequence_of(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequence of every token [B, T], and the start and end token of every sequence."""
+    batch, tokens = x.size(0), x.size(1)
+    if cu_seqlens is not None:
+        cu = cu_seqlens.long()
+        t = torch.arange(tokens, device=x.device)
+        seq = torch.searchsorted(cu[1:], t, right=True).clamp(max=cu.size(0) - 2)
+        return seq[None], cu[:-1], cu[1:]
+    start = torch.zeros(batch, dtype=torch.long, device=x.device)
+    b = torch.arange(batch, device=x.device)
+    return b[:, None].expand(batch, tokens), start, start + tokens
+
+
+def _rows(x: Tensor, state: Tensor | None, seq: Tensor, row: Tensor, start: Tensor) -> Tensor:
+    """Rows of sequences in fp32: x, or before the start the initial state, or zero.
+
+    ``seq`` and ``row`` have one shape [..]; the result is [.., C].
+    """
+    first = start[seq]
+    batch = torch.zeros_like(seq) if x.size(0) == 1 else seq
+    rows = (
+        x[batch, row.clamp(0, max(x.size(1) - 1, 0))]
+        if x.size(1)
+        else x.new_zeros(*row.shape, x.size(2))
+    )
+    if state is None:
+        past = torch.zeros_like(rows)
+    else:
+        past = state[seq, :, (row - first + state.size(2)).clamp(0, state.size(2) - 1)]
+    return torch.where((row >= first)[..., None], rows, past).float()
+
+
+def _pre(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The value before the activation [B, T, C], and the W rows that each token reads."""
+    width = weight.size(1)
+    seq, start, _ = _sequence_of(x, cu_seqlens)
+    t = torch.arange(x.size(1), device=x.device).expand_as(seq)
+    taps = [_rows(x, state, seq, t - (width - 1) + k, start) for k in range(width)]
+    pre = torch.zeros_like(taps[0]) if bias is None else bias.float().expand_as(taps[0])
+    for k, tap in enumerate(taps):
+        pre = pre + weight[:, k].float() * tap
+    return pre, taps
+
+
+@composite("causal_conv1d")
+def _causal_conv1d_composite(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    pre, _ = _pre(x, weight, bias, initial_state, cu_seqlens)
+    y = F.silu(pre) if activation == "silu" else pre
+    _, start, end = _sequence_of(x, cu_seqlens)
+    taps = weight.size(1) - 1
+    last = end[:, None] - taps + torch.arange(taps, device=x.device)
+    seq = torch.arange(start.size(0), device=x.device)[:, None].expand_as(last)
+    state = _rows(x, initial_state, seq, last, start).mT
+    return y.to(x.dtype), state.to(x.dtype).contiguous()
+
+
+@composite("causal_conv1d_backward")
+def _causal_conv1d_backward_composite(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width, tokens = weight.size(1), x.size(1)
+    pre, taps = _pre(x, weight, bias, initial_state, cu_seqlens)
+    g = dy.float()
+    if activation == "silu":
+        s = torch.sigmoid(pre)
+        g = g * s * (1 + pre * (1 - s))
+    dweight = torch.stack([(g * tap).sum((0, 1)) for tap in taps], 1).to(weight.dtype)
+    dbias = x.new_empty(0) if bias is None else g.sum((0, 1)).to(bias.dtype)
+
+    # A row of x or of the initial state receives weight[k] dpre from the token W-1-k later.
+    seq, start, end = _sequence_of(x, cu_seqlens)
+
+    def gather(seq: Tensor, row: Tensor) -> Tensor:
+        total = torch.zeros(*row.shape, x.size(2), device=x.device)
+        batch = torch.zeros_like(seq) if x.size(0) == 1 else seq
+        for k in range(width) if tokens else ():
+            t = row + (width - 1 - k)
+            inside = ((t >= start[seq]) & (t < end[seq]))[..., None]
+            dpre = g[batch, t.clamp(0, tokens - 1)]
+            total = total + torch.where(inside, weight[:, k].float() * dpre, 0.0)
+        if dfinal_state is not None:
+            at = row - (end[seq] - (width - 1))
+            from_state = dfinal_state[seq, :, at.clamp(0, width - 2)].float()
+            total = total + torch.where((at >= 0)[..., None], from_state, 0.0)
+        return total
+
+    dx = gather(seq, torch.arange(tokens, device=x.device).expand_as(seq)).to(x.dtype)
+    if initial_state is None:
+        return dx, dweight, dbias, x.new_empty(0)
+    row = start[:, None] - (width - 1) + torch.arange(width - 1, device=x.device)
+    seq = torch.arange(start.size(0), device=x.device)[:, None].expand_as(row)
+    return dx, dweight, dbias, gather(seq, row).mT.to(x.dtype).contiguous()
+
+
+@composite("causal_conv1d_step")
+def _causal_conv1d_step_composite(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    if state_indices is None:
+        slots = torch.arange(x.size(0), device=x.device)
+    else:
+        slots = state_indices.long()
+    known = conv_state[slots.clamp(0, conv_state.size(0) - 1)]
+    full = torch.cat([known, x[..., None]], -1)
+    pre = (full.float() * weight.float()).sum(-1) + (0.0 if bias is None else bias.float())
+    y = (F.silu(pre) if activation == "silu" else pre).to(x.dtype)
+    # A padding row must write nowhere: every slot takes the row that names it, or keeps its own.
+    hit = slots[None, :] == torch.arange(conv_state.size(0), device=x.device)[:, None]
+    new = full[hit.to(torch.int8).argmax(1), :, 1:]
+    conv_state.copy_(torch.where(hit.any(1)[:, None, None], new, conv_state))
+    y = torch.where((slots < conv_state.size(0))[:, None], y, float("nan"))
+    return torch.where((slots >= 0)[:, None], y, 0.0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
