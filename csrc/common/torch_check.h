@@ -64,6 +64,13 @@ inline std::string describe(const Tensor& t) {
   return s.str();
 }
 
+// Tensors in messages are described only when the message is needed.
+inline std::string as_text(const Tensor& t) { return describe(t); }
+template <typename T>
+const T& as_text(const T& value) {
+  return value;
+}
+
 // The checks of one operator.  Usage: `Check check("ssd_scan"); check.shape("x", x, {B, T, -1},
 // "[B, T, C]");`
 class Check {
@@ -71,13 +78,13 @@ class Check {
   explicit Check(const char* op) : op_(op) {}
 
   // Throws unless `ok`; `expected` continues "<argument> must be".
-  template <typename... Parts>
-  void that(bool ok, const char* argument, const std::string& got, const Parts&... expected) const {
+  template <typename Got, typename... Parts>
+  void that(bool ok, const char* argument, const Got& got, const Parts&... expected) const {
     if (ok) return;
     std::ostringstream s;
     s << "zebra::" << op_ << ": " << argument << " must be ";
-    ((s << expected), ...);
-    s << ", got " << got;
+    ((s << as_text(expected)), ...);
+    s << ", got " << as_text(got);
     throw std::runtime_error(s.str());
   }
 
@@ -85,11 +92,16 @@ class Check {
   void shape(const char* argument, const Tensor& t, std::initializer_list<int64_t> sizes,
              const char* legend) const {
     bool ok = t.dim() == static_cast<int64_t>(sizes.size());
-    std::ostringstream want;
     int64_t d = 0;
-    want << legend << " = [";
     for (const int64_t size : sizes) {
       ok = ok && (size < 0 || t.size(d) == size);
+      ++d;
+    }
+    if (ok) return;
+    std::ostringstream want;
+    want << legend << " = [";
+    d = 0;
+    for (const int64_t size : sizes) {
       want << (d++ ? ", " : "");
       if (size < 0)
         want << "any";
@@ -97,7 +109,7 @@ class Check {
         want << size;
     }
     want << "]";
-    that(ok, argument, describe(t), want.str());
+    that(false, argument, t, want.str());
   }
 
   // One of float32, bfloat16, float16, or (CPU only) float64; returns it as DType.
@@ -113,36 +125,36 @@ class Check {
         if (t.is_cpu()) return DType::kFloat64;
         [[fallthrough]];
       default:
-        that(false, argument, describe(t), "float32, bfloat16 or float16",
+        that(false, argument, t, "float32, bfloat16 or float16",
              t.is_cpu() ? " or float64" : " (float64 on the CPU only)");
     }
     return DType::kFloat32;
   }
 
   void dtype(const char* argument, const Tensor& t, ScalarType want) const {
-    that(t.scalar_type() == want, argument, describe(t), dtype_name(want));
+    that(t.scalar_type() == want, argument, t, dtype_name(want));
   }
 
   void same_device(const char* argument, const Tensor& t, const Tensor& as) const {
     that(t.is_cpu() == as.is_cpu() && t.is_cuda() == as.is_cuda() &&
              t.get_device_index() == as.get_device_index(),
-         argument, describe(t), "on ", device_name(as));
+         argument, t, "on ", device_name(as));
   }
 
   // Same dtype and device as `as`, which is called `as_name`.
   void like(const char* argument, const Tensor& t, const Tensor& as, const char* as_name) const {
-    that(t.scalar_type() == as.scalar_type(), argument, describe(t), dtype_name(as.scalar_type()),
-         " like ", as_name);
+    that(t.scalar_type() == as.scalar_type(), argument, t, dtype_name(as.scalar_type()), " like ",
+         as_name);
     same_device(argument, t, as);
   }
 
   void last_dim_contiguous(const char* argument, const Tensor& t) const {
-    that(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, argument,
-         describe(t), "contiguous in its last dimension");
+    that(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, argument, t,
+         "contiguous in its last dimension");
   }
 
   void contiguous(const char* argument, const Tensor& t) const {
-    that(t.is_contiguous(), argument, describe(t), "contiguous");
+    that(t.is_contiguous(), argument, t, "contiguous");
   }
 
   void status(const Status& s) const {

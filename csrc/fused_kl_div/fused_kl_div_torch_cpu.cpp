@@ -31,12 +31,12 @@ Shape check_inputs(const Check& check, const Tensor& student_hidden, const Tenso
   check.shape("teacher_hidden", teacher_hidden, {M, -1}, "[M, Dt]");
   const int64_t Dt = teacher_hidden.size(1);
   check.shape("teacher_weight", teacher_weight, {V, Dt}, "[V, Dt]");
-  check.that(V > 0 && Ds > 0, "student_weight", describe(student_weight), "[V, Ds] with V, Ds > 0");
-  check.that(Dt > 0, "teacher_weight", describe(teacher_weight), "[V, Dt] with Dt > 0");
+  check.that(V > 0 && Ds > 0, "student_weight", student_weight, "[V, Ds] with V, Ds > 0");
+  check.that(Dt > 0, "teacher_weight", teacher_weight, "[V, Dt] with Dt > 0");
   const DType dtype = check.floating("student_hidden", student_hidden);
   const auto mixable = [&](const char* argument, const Tensor& t) {
     const DType other = check.floating(argument, t);
-    check.that((other == DType::kFloat64) == (dtype == DType::kFloat64), argument, describe(t),
+    check.that((other == DType::kFloat64) == (dtype == DType::kFloat64), argument, t,
                dtype == DType::kFloat64 ? "float64 like student_hidden"
                                         : "float32, bfloat16 or float16 beside student_hidden");
     check.same_device(argument, t, student_hidden);

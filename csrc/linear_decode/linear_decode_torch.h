@@ -19,12 +19,12 @@ Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTenso
              "'none' or 'swiglu'");
   const bool swiglu = activation == "swiglu";
   const DType dtype = check.floating("x", x);
-  check.that(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x", describe(x), "[..., K] with K > 0");
+  check.that(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x", x, "[..., K] with K > 0");
   const int64_t K = x.size(x.dim() - 1), rows = x.numel() / K;
   check.like("weight", weight, x, "x");
   check.shape("weight", weight, {-1, K}, swiglu ? "[2 N, K]" : "[N, K]");
   check.last_dim_contiguous("weight", weight);
-  check.that(!swiglu || weight.size(0) % 2 == 0, "weight", describe(weight),
+  check.that(!swiglu || weight.size(0) % 2 == 0, "weight", weight,
              "[2 N, K]: N gate rows, then N up rows");
   const int64_t outputs = swiglu ? weight.size(0) / 2 : weight.size(0);
 
@@ -33,7 +33,7 @@ Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTenso
     check.shape("norm_weight", *norm_weight, {K}, "[K]");
     check.that(
         norm_weight->scalar_type() == x.scalar_type() || norm_weight->scalar_type() == acc_dtype(x),
-        "norm_weight", describe(*norm_weight), dtype_name(x.scalar_type()), " like x, or ",
+        "norm_weight", *norm_weight, dtype_name(x.scalar_type()), " like x, or ",
         dtype_name(acc_dtype(x)));
     check.same_device("norm_weight", *norm_weight, x);
     check.contiguous("norm_weight", *norm_weight);
@@ -53,7 +53,7 @@ Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTenso
     check.like("residual", *residual, x, "x");
     bool same = residual->dim() == y.dim();
     for (int64_t d = 0; same && d < y.dim(); ++d) same = residual->size(d) == y.size(d);
-    check.that(same, "residual", describe(*residual), "shaped like the result, ", describe(y));
+    check.that(same, "residual", *residual, "shaped like the result, ", y);
     r = torch::stable::view(torch::stable::contiguous(*residual), {rows, outputs});
   }
   if (rows == 0 || outputs == 0) return y;

@@ -11,9 +11,8 @@ inline DType step_parameter(const Check& check, const char* argument, const Tens
                             const Tensor& x, std::initializer_list<int64_t> sizes,
                             const char* legend) {
   check.shape(argument, t, sizes, legend);
-  check.that(t.scalar_type() == x.scalar_type() || t.scalar_type() == acc_dtype(x), argument,
-             describe(t), dtype_name(x.scalar_type()), " like zxbcdt, or ",
-             dtype_name(acc_dtype(x)));
+  check.that(t.scalar_type() == x.scalar_type() || t.scalar_type() == acc_dtype(x), argument, t,
+             dtype_name(x.scalar_type()), " like zxbcdt, or ", dtype_name(acc_dtype(x)));
   check.same_device(argument, t, x);
   check.contiguous(argument, t);
   return check.floating(argument, t);
@@ -27,9 +26,8 @@ inline void step_pool(const Check& check, const char* argument, const Tensor& t)
     ok = ok && (t.size(d) <= 1 || t.stride(d) == slot);
     slot *= t.size(d);
   }
-  check.that(t.numel() == 0 || (ok && (t.size(0) <= 1 || t.stride(0) >= slot)), argument,
-             describe(t), "contiguous within a slot, with slots at least ", slot,
-             " elements apart");
+  check.that(t.numel() == 0 || (ok && (t.size(0) <= 1 || t.stride(0) >= slot)), argument, t,
+             "contiguous within a slot, with slots at least ", slot, " elements apart");
 }
 
 // `validate(check, slots)` checks the values of A and state_indices where the host can read them.
@@ -44,13 +42,12 @@ Tensor mamba2_step_torch(const Tensor& zxbcdt, const Tensor& conv_state, const T
   check.shape("ssm_state", ssm_state, {-1, -1, -1, -1}, "[slots, H, P, N]");
   const int64_t slots = ssm_state.size(0), H = ssm_state.size(1), P = ssm_state.size(2),
                 N = ssm_state.size(3);
-  check.that(H > 0 && P > 0 && N > 0, "ssm_state", describe(ssm_state),
-             "[slots, H, P, N] with H, P, N > 0");
+  check.that(H > 0 && P > 0 && N > 0, "ssm_state", ssm_state, "[slots, H, P, N] with H, P, N > 0");
   check.that(n_groups > 0 && H % n_groups == 0, "n_groups", std::to_string(n_groups),
              "a divisor of H = ", H);
   const int64_t G = n_groups, channels = G * (P + N) + H * N;
-  check.that(conv_weight.dim() == 2 && conv_weight.size(1) > 0, "conv_weight",
-             describe(conv_weight), "[C, W] with W > 0");
+  check.that(conv_weight.dim() == 2 && conv_weight.size(1) > 0, "conv_weight", conv_weight,
+             "[C, W] with W > 0");
   const int64_t W = conv_weight.size(1);
 
   const DType dtype = check.floating("zxbcdt", zxbcdt);
@@ -63,7 +60,7 @@ Tensor mamba2_step_torch(const Tensor& zxbcdt, const Tensor& conv_state, const T
   step_pool(check, "conv_state", conv_state);
   check.that(ssm_state.scalar_type() == zxbcdt.scalar_type() ||
                  ssm_state.scalar_type() == acc_dtype(zxbcdt),
-             "ssm_state", describe(ssm_state), dtype_name(acc_dtype(zxbcdt)), " or ",
+             "ssm_state", ssm_state, dtype_name(acc_dtype(zxbcdt)), " or ",
              dtype_name(zxbcdt.scalar_type()), " like zxbcdt");
   check.same_device("ssm_state", ssm_state, zxbcdt);
   step_pool(check, "ssm_state", ssm_state);
@@ -88,8 +85,8 @@ Tensor mamba2_step_torch(const Tensor& zxbcdt, const Tensor& conv_state, const T
     check.same_device("state_indices", *state_indices, zxbcdt);
     check.contiguous("state_indices", *state_indices);
   } else {
-    check.that(slots >= batch, "ssm_state", describe(ssm_state),
-               "[slots, H, P, N] with slots >= B = ", batch, " where state_indices is not given");
+    check.that(slots >= batch, "ssm_state", ssm_state, "[slots, H, P, N] with slots >= B = ", batch,
+               " where state_indices is not given");
   }
   validate(check, slots);
 

@@ -11,8 +11,9 @@ template <typename T>
 void check_decay(const Check& check, const Tensor& A) {
   const T* a = static_cast<const T*>(A.data_ptr());
   for (int64_t h = 0; h < A.size(0); ++h)
-    check.that(!(a[h] > 0), "A", std::to_string(a[h]) + " at head " + std::to_string(h),
-               "<= 0 (the state decays by exp(A d))");
+    if (a[h] > 0)
+      check.that(false, "A", std::to_string(a[h]) + " at head " + std::to_string(h),
+                 "<= 0 (the state decays by exp(A d))");
 }
 
 void check_slots(const Check& check, const Tensor& indices, int64_t slots) {
@@ -20,10 +21,11 @@ void check_slots(const Check& check, const Tensor& indices, int64_t slots) {
   std::vector<bool> taken(static_cast<size_t>(slots));
   for (int64_t b = 0; b < indices.size(0); ++b) {
     if (slot[b] < 0) continue;
-    const std::string got = std::to_string(slot[b]) + " in row " + std::to_string(b);
-    check.that(slot[b] < slots, "state_indices", got, "less than slots = ", slots);
-    check.that(!taken[static_cast<size_t>(slot[b])], "state_indices", got + " for the second time",
-               "distinct (a slot holds the state of one row)");
+    const auto got = [&] { return std::to_string(slot[b]) + " in row " + std::to_string(b); };
+    if (slot[b] >= slots) check.that(false, "state_indices", got(), "less than slots = ", slots);
+    if (taken[static_cast<size_t>(slot[b])])
+      check.that(false, "state_indices", got() + " for the second time",
+                 "distinct (a slot holds the state of one row)");
     taken[static_cast<size_t>(slot[b])] = true;
   }
 }
