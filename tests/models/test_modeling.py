@@ -171,9 +171,9 @@ def test_prefill_and_device_steps_serve_any_slots(make_model, device) -> None:
         )
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 @torch.no_grad()
-def test_captured_step_follows_the_lengths(make_model) -> None:
+def test_captured_step_follows_the_lengths(make_model, device) -> None:
     """One CUDA graph, replayed while sequences grow across pages."""
     model, ids = make_model(), tokens(2, 30, device="cuda")
     full = model(ids, use_cache=False).logits
@@ -241,9 +241,13 @@ def test_hidden_states_enter_each_layer(make_model, device) -> None:
 def test_logits_to_keep_selects_columns(make_model, device) -> None:
     model, ids = make_model(), tokens(2, 9, device=device)
     full = model(ids, use_cache=False).logits
-    assert torch.equal(model(ids, logits_to_keep=2, use_cache=False).logits, full[:, -2:])
+    # cuBLAS may sum in another order for another number of rows.
+    exact = {} if device == "cuda" else {"rtol": 0, "atol": 0}
+    last = model(ids, logits_to_keep=2, use_cache=False).logits
+    torch.testing.assert_close(last, full[:, -2:], **exact)
     pick = torch.tensor([0, 4], device=device)
-    assert torch.equal(model(ids, logits_to_keep=pick, use_cache=False).logits, full[:, pick])
+    picked = model(ids, logits_to_keep=pick, use_cache=False).logits
+    torch.testing.assert_close(picked, full[:, pick], **exact)
 
 
 @torch.no_grad()

@@ -155,7 +155,9 @@ def test_ssd_scan_gradients_take_strided_and_expanded_cotangents(device):
     dstate = torch.randn(2, 4, 8, 8, device=device).mT
     got = gradients(ops.ssd_scan, args, dy, dstate)
     want = gradients(ops.ssd_scan, args, dy.contiguous(), dstate.contiguous())
-    assert all(torch.equal(got[k], want[k]) for k in want)
+    for k in want:  # the composite's products may take another order for other strides
+        exact = {} if device == "cuda" else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(got[k], want[k], **exact)
 
 
 def test_ssd_scan_gradients_keep_nan_in_their_sequence():

@@ -5,7 +5,8 @@ Every module of :mod:`zebra.ops` calls :func:`fake` and :func:`autograd` beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,6 +57,18 @@ def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return fn
 
     return register
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Record gradients inside a composite.
+
+    An operator's implementation runs below autograd, where ``torch.enable_grad`` alone records
+    nothing; a backward pass that differentiates a recomputed forward pass needs both.
+    """
+    autograd_key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(autograd_key, False), torch.enable_grad():
+        yield
 
 
 def support_matrix() -> dict[str, dict[str, str]]:

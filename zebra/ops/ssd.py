@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zebra.ops import reference
-from zebra.ops._register import autograd, composite, fake, optional
+from zebra.ops._register import autograd, composite, differentiable, fake, optional
 
 _CHUNK = 64  # tokens of the composite's chunks
 
@@ -364,7 +364,7 @@ def _ssd_scan_backward_composite(
     norm_eps: float,
 ) -> tuple[Tensor, ...]:
     given = (x, dt, A, B, C, D, z, dt_bias, norm_weight, initial_state)
-    with torch.enable_grad():
+    with differentiable():
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in given]
         x_, dt_, A_, B_, C_, D_, z_, b_, w_, s_ = leaves
         outputs = _chunked_scan(
