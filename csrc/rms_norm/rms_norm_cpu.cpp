@@ -39,6 +39,22 @@ void store_weight(void* w, DType dtype, A* src, std::int64_t n) {
   ZEBRA_DISPATCH_CPU(dtype, WeightRow<A>::template store, {w, src, n});
 }
 
+// sum a b: short runs in the vector lanes, added up in fp64, so that long rows keep their digits on
+// narrow vectors too.
+template <typename A>
+double dot(const A* a, const A* b, std::int64_t n) {
+  constexpr std::int64_t kRun = 512;
+  double total = 0;
+  for (std::int64_t first = 0; first < n; first += kRun) {
+    const std::int64_t last = first + kRun < n ? first + kRun : n;
+    A run = 0;
+#pragma omp simd reduction(+ : run)
+    for (std::int64_t i = first; i < last; ++i) run += a[i] * b[i];
+    total += run;
+  }
+  return total;
+}
+
 template <typename T>
 void forward(const RmsNormParams& p) {
   using A = Acc<T>;
@@ -56,9 +72,7 @@ void forward(const RmsNormParams& p) {
         for (std::int64_t i = 0; i < dim; ++i) s[i] += other[i];
         store_row(s, static_cast<T*>(p.sum) + r * dim, dim);
       }
-      A square = 0;
-#pragma omp simd reduction(+ : square)
-      for (std::int64_t i = 0; i < dim; ++i) square += s[i] * s[i];
+      const A square = static_cast<A>(dot(s, s, dim));
       const A rstd = A(1) / std::sqrt(square / static_cast<A>(dim) + static_cast<A>(p.eps));
       static_cast<A*>(p.rstd)[r] = rstd;
 #pragma omp simd
@@ -88,14 +102,12 @@ void backward(const RmsNormBackwardParams& p) {
         load_row(static_cast<const T*>(p.dy) + r * p.dy_stride, dy, dim);
         load_row(static_cast<const T*>(p.sum) + r * p.sum_stride, s, dim);
         const A rstd = static_cast<const A*>(p.rstd)[r];
-        A dot = 0;
-#pragma omp simd reduction(+ : dot)
+#pragma omp simd
         for (std::int64_t i = 0; i < dim; ++i) {
           dw[i] += dy[i] * s[i] * rstd;
           dy[i] *= weight[i];
-          dot += dy[i] * s[i];
         }
-        const A c = dot * rstd * rstd / static_cast<A>(dim);
+        const A c = static_cast<A>(dot(dy, s, dim)) * rstd * rstd / static_cast<A>(dim);
 #pragma omp simd
         for (std::int64_t i = 0; i < dim; ++i) dy[i] = rstd * (dy[i] - s[i] * c);
         if (p.dsum != nullptr) {

@@ -443,7 +443,7 @@ def test_causal_conv1d_config_covers_the_problem_and_keeps_overheads_small():
             assert c["items"] == 1 or c["tile"] * c["items"] <= 32  # short rows share a CTA
             assert c["partials"] * c["items"] >= batch * c["tiles"]
     forward = _C.select_config("causal_conv1d", batch=2, tokens=8192, channels=6144)
-    assert 3 / forward["tile"] < 0.03  # rows read twice
+    assert 8 <= forward["tile"] <= 20  # short, so that running CTAs share a stretch of memory
     backward = _C.select_config("causal_conv1d", batch=2, tokens=8192, channels=6144, backward=True)
     partial_bytes = 2 * 4 * backward["partials"] * 5 * 6144
     assert partial_bytes < 0.03 * 3 * 2 * 2 * 8192 * 6144
