@@ -116,6 +116,9 @@ endfunction()
 
 # zebra._C for every interpreter in ZEBRA_PYTHON; the operators do not need it.
 function(zebra_build_bindings)
+  if(ZEBRA_PYTHON AND EXISTS "${ZEBRA_PYBIND11_INCLUDE}/pybind11")  # copied as torch's headers are
+    file(COPY "${ZEBRA_PYBIND11_INCLUDE}/pybind11" DESTINATION "${CMAKE_BINARY_DIR}/include")
+  endif()
   list(JOIN ZEBRA_CUDA_ARCHS " " archs)
   foreach(python ${ZEBRA_PYTHON})
     execute_process(COMMAND ${python} -c
@@ -128,7 +131,7 @@ function(zebra_build_bindings)
     set_target_properties(${target} PROPERTIES
       PREFIX "" OUTPUT_NAME _C SUFFIX "${suffix}" LIBRARY_OUTPUT_DIRECTORY "${ZEBRA_OUTPUT_DIR}")
     target_include_directories(${target} PRIVATE csrc)
-    target_include_directories(${target} SYSTEM PRIVATE "${include}" "${ZEBRA_PYBIND11_INCLUDE}")
+    target_include_directories(${target} SYSTEM PRIVATE "${include}" "${CMAKE_BINARY_DIR}/include")
     target_compile_options(${target} PRIVATE ${ZEBRA_COMPILE_OPTIONS})
     target_compile_definitions(${target} PRIVATE
       ZEBRA_VERSION="${ZEBRA_VERSION}" ZEBRA_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}"
