@@ -2,8 +2,24 @@
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
+
+
+class _TorchRandom:
+    """torch's generator, so that hypothesis seeds it for every example and can replay one."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_TORCH_RANDOM = _TorchRandom()  # hypothesis keeps a weak reference
+hypothesis.register_random(_TORCH_RANDOM)
+# The same examples in every run: a tolerance that fails must fail for everybody.
+hypothesis.settings.register_profile("zebra", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("zebra")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

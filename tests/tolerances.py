@@ -49,6 +49,9 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     ("mla_project", torch.float16): 2.5,
     ("mla_project.gradient", torch.bfloat16): 2.8,
     ("mla_project.gradient", torch.float16): 2.8,
+    # The chunked form reaches a state through exp(s_i - s_j) and sums of 64 tokens where eager
+    # multiplies token by token; with few channels nothing averages out.
+    ("ssd_scan", torch.float32): 8.0,
     # The chunked form sums dA over pairs of tokens, eager over tokens.
     ("ssd_scan.gradient", torch.float32): 12.0,
     # Eager sums dweight and dbias in short runs, pairwise; the kernel token after token in a tile.

@@ -32,7 +32,9 @@ def assert_close(got: Tensor, truth: Tensor, eager: Tensor, factor: float, what:
         factor: from tests/tolerances.py.
         what: names the output in the message.
     """
-    # Few elements or powers of two can leave eager exact by luck: allow the rounding of the dtype.
-    floor = 0.3 * torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+    # Few elements, or powers of two, can leave eager exact by luck: allow the rounding of the
+    # dtype, and in wide dtypes the few roundings of a short sum.
+    roundings = 0.3 if got.dtype.itemsize == 2 else 1.0
+    floor = roundings * torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
     error, bound = relative_error(got, truth), factor * max(relative_error(eager, truth), floor)
     assert error <= bound, f"{what}: relative error {error:.3e} > {bound:.3e} ({factor} x eager's)"
