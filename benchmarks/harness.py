@@ -280,7 +280,8 @@ def main(cases: Callable[[str], Sequence[Case]], description: str | None) -> Non
     ceilings = timer.ceilings()
     common = environment(args.device) | {
         "commit": args.commit or _commit(),
-        "argv": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "argv": f"{Path(sys.argv[0]).name} --device {args.device}"
+        + (f" --only '{args.only}'" if args.only else ""),
         "bandwidth_tb_s": round(ceilings.bandwidth / 1e12, 3),
         "bf16_tflop_s": round(ceilings.rate[torch.bfloat16] / 1e12, 1),
     }

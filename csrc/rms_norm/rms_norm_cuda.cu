@@ -9,6 +9,9 @@
 //                vecs_per_thread = 0 walks a long or misaligned row twice instead.
 // Shared memory  one float per warp.
 // Bound          HBM: forward 2-4 passes of [rows, dim], backward 3-4.
+// Measured       H200, 2026-11-23, 16384 x 4096 bf16 with residual: forward 131.5 us (96 % of the
+//                floor), forward + backward 399 us (64 %).  benchmarks/bench_rms_norm.py --device
+//                cuda
 #include "common/cuda/launch.h"
 #include "common/cuda/vec.cuh"
 #include "rms_norm/rms_norm.h"
