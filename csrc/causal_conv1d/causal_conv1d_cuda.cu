@@ -165,17 +165,6 @@ __global__ void __launch_bounds__(kThreads, 5)
 
 // ---- launch ---------------------------------------------------------------------------------
 
-// Whether these pointers and strides allow 16-byte access; strides in elements of T.
-template <typename T>
-bool aligned(std::int64_t channels, std::initializer_list<const void*> pointers,
-             std::initializer_list<std::int64_t> strides) {
-  constexpr std::int64_t kVec = 16 / sizeof(T);
-  bool ok = channels % kVec == 0;
-  for (const void* ptr : pointers) ok = ok && reinterpret_cast<std::uintptr_t>(ptr) % 16 == 0;
-  for (const std::int64_t stride : strides) ok = ok && stride % kVec == 0;
-  return ok;
-}
-
 template <typename Fn>
 Status with_width(int width, const Fn& fn) {
   switch (width) {
@@ -216,8 +205,8 @@ Status check_counts(const CausalConv1dInputs& in) {
 template <typename T>
 Status forward(const CausalConv1dParams& p, CUstream_st* stream) {
   const CausalConv1dInputs& in = p.in;
-  const bool wide = aligned<T>(in.channels, {in.x, in.weight, in.bias, p.y},
-                               {in.x_batch_stride, in.x_row_stride});
+  const bool wide = rows_aligned<T>(in.channels, {in.x, in.weight, in.bias, p.y},
+                                    {in.x_batch_stride, in.x_row_stride});
   const CausalConv1dConfig c =
       select_causal_conv1d_config(in.batch, in.tokens, in.channels, sizeof(T), wide);
   if (const Status status = check_counts(in); status.error) return status;
@@ -238,8 +227,8 @@ template <typename T>
 Status backward(const CausalConv1dBackwardParams& p, CUstream_st* stream) {
   const CausalConv1dInputs& in = p.in;
   const bool wide =
-      aligned<T>(in.channels, {in.x, in.weight, in.bias, p.dy, p.dx},
-                 {in.x_batch_stride, in.x_row_stride, p.dy_batch_stride, p.dy_row_stride});
+      rows_aligned<T>(in.channels, {in.x, in.weight, in.bias, p.dy, p.dx},
+                      {in.x_batch_stride, in.x_row_stride, p.dy_batch_stride, p.dy_row_stride});
   const CausalConv1dConfig c =
       select_causal_conv1d_backward_config(in.batch, in.tokens, in.channels, sizeof(T), wide);
   const std::int64_t ctas = p.partials * c.channel_blocks;
@@ -271,8 +260,8 @@ Status backward(const CausalConv1dBackwardParams& p, CUstream_st* stream) {
 template <typename T>
 Status step(const CausalConv1dStepParams& p, CUstream_st* stream) {
   constexpr std::int64_t kRows = 256;  // beyond, a CTA takes several rows with the same weights
-  const bool wide = aligned<T>(p.channels, {p.x, p.conv_state, p.weight, p.bias, p.y},
-                               {p.x_stride, p.state_stride});
+  const bool wide = rows_aligned<T>(p.channels, {p.x, p.conv_state, p.weight, p.bias, p.y},
+                                    {p.x_stride, p.state_stride});
   const CausalConv1dConfig c = select_causal_conv1d_config(p.batch, 1, p.channels, sizeof(T), wide);
   const std::int64_t ctas = (p.batch < kRows ? p.batch : kRows) * c.channel_blocks;
   return with_tile<T>(wide, p.width, false, [&](auto vec, auto w, auto) {

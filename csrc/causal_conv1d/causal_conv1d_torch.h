@@ -12,17 +12,6 @@ namespace zebra {
 
 inline const void* pointer(const OptTensor& t) { return t ? t->data_ptr() : nullptr; }
 
-// A weight or bias: x's dtype or fp32, on x's device, contiguous.
-inline DType check_parameter(const Check& check, const char* name, const Tensor& t,
-                             const Tensor& x) {
-  const DType dtype = check.floating(name, t);
-  check.that(t.scalar_type() == x.scalar_type() || dtype == DType::kFloat32, name, describe(t),
-             dtype_name(x.scalar_type()), " like x, or float32");
-  check.same_device(name, t, x);
-  check.contiguous(name, t);
-  return dtype;
-}
-
 inline int check_weight(const Check& check, const Tensor& weight, int64_t channels) {
   check.shape("weight", weight, {channels, -1}, "[C, W]");
   const int64_t width = weight.size(1);
@@ -77,10 +66,10 @@ inline CausalConv1dChecked check_causal_conv1d(const Check& check, const Tensor&
   check.that(in.channels > 0, "x", describe(x), "non-empty in its last dimension");
   check.last_dim_contiguous("x", x);
   in.width = check_weight(check, weight, in.channels);
-  in.weight_dtype = check_parameter(check, "weight", weight, x);
+  in.weight_dtype = check.parameter("weight", weight, x);
   if (bias) {
     check.shape("bias", *bias, {in.channels}, "[C]");
-    in.bias_dtype = check_parameter(check, "bias", *bias, x);
+    in.bias_dtype = check.parameter("bias", *bias, x);
   }
   in.silu = check_activation(check, activation);
   in.sequences = cu_seqlens ? check_cu_seqlens(check, *cu_seqlens, x) : in.batch;
@@ -165,10 +154,10 @@ Tensor causal_conv1d_step_torch(const Tensor& x, Tensor conv_state, const Tensor
   check.that(p.channels > 0, "x", describe(x), "non-empty in its last dimension");
   check.last_dim_contiguous("x", x);
   p.width = check_weight(check, weight, p.channels);
-  p.weight_dtype = check_parameter(check, "weight", weight, x);
+  p.weight_dtype = check.parameter("weight", weight, x);
   if (bias) {
     check.shape("bias", *bias, {p.channels}, "[C]");
-    p.bias_dtype = check_parameter(check, "bias", *bias, x);
+    p.bias_dtype = check.parameter("bias", *bias, x);
   }
   p.silu = check_activation(check, activation);
   const int64_t taps = p.width - 1;

@@ -131,6 +131,17 @@ class Check {
     return DType::kFloat32;
   }
 
+  // A weight, bias or other parameter beside activations `x`: x's dtype or float32, on x's device,
+  // contiguous; returns its dtype.
+  DType parameter(const char* argument, const Tensor& t, const Tensor& x) const {
+    const DType dtype = floating(argument, t);
+    if (t.scalar_type() != x.scalar_type() && dtype != DType::kFloat32)
+      that(false, argument, describe(t), dtype_name(x.scalar_type()), " like x, or float32");
+    same_device(argument, t, x);
+    contiguous(argument, t);
+    return dtype;
+  }
+
   void dtype(const char* argument, const Tensor& t, ScalarType want) const {
     that(t.scalar_type() == want, argument, t, dtype_name(want));
   }

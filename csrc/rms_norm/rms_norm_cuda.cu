@@ -229,22 +229,12 @@ Status with_tile(const RmsNormConfig& config, const Launch& launch) {
   }
 }
 
-// Whether rows of `dim` elements at these pointers and strides can be read 16 bytes at a time.
-template <typename T>
-bool aligned(std::int64_t dim, std::initializer_list<const void*> pointers,
-             std::initializer_list<std::int64_t> strides) {
-  constexpr std::int64_t kVec = 16 / sizeof(T);
-  bool ok = dim % kVec == 0;
-  for (const void* ptr : pointers) ok = ok && reinterpret_cast<std::uintptr_t>(ptr) % 16 == 0;
-  for (const std::int64_t stride : strides) ok = ok && stride % kVec == 0;
-  return ok;
-}
-
 template <typename T>
 Status forward(const RmsNormParams& p, CUstream_st* stream) {
-  const RmsNormConfig config = select_rms_norm_config(
-      p.dim, sizeof(T),
-      aligned<T>(p.dim, {p.x, p.residual, p.weight, p.y, p.sum}, {p.x_stride, p.residual_stride}));
+  const RmsNormConfig config =
+      select_rms_norm_config(p.dim, sizeof(T),
+                             rows_aligned<T>(p.dim, {p.x, p.residual, p.weight, p.y, p.sum},
+                                             {p.x_stride, p.residual_stride}));
   return with_tile<T>(config, [&](auto vec, auto per_thread) {
     rms_norm_fwd_kernel<T, vec(), per_thread()>
         <<<static_cast<unsigned>(p.rows), config.threads, 0, stream>>>(p);
@@ -256,7 +246,7 @@ template <typename T>
 Status backward(const RmsNormBackwardParams& p, CUstream_st* stream) {
   const RmsNormConfig config = select_rms_norm_config(
       p.dim, sizeof(T),
-      aligned<T>(p.dim, {p.dy, p.dsum, p.sum, p.weight, p.dx}, {p.dy_stride, p.sum_stride}));
+      rows_aligned<T>(p.dim, {p.dy, p.dsum, p.sum, p.weight, p.dx}, {p.dy_stride, p.sum_stride}));
   const Status status = with_tile<T>(config, [&](auto vec, auto per_thread) {
     rms_norm_bwd_kernel<T, vec(), per_thread()>
         <<<static_cast<unsigned>(p.partials), config.threads, 0, stream>>>(

@@ -27,11 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_torch(const Tensor& x, const Tensor&
   const DType dtype = check.floating("x", x);
   check.that(dim > 0, "x", describe(x), "non-empty in its last dimension");
   check.shape("weight", weight, {dim}, "[D]");
-  const DType weight_dtype = check.floating("weight", weight);
-  check.that(weight_dtype == dtype || weight_dtype == DType::kFloat32, "weight", describe(weight),
-             dtype_name(x.scalar_type()), " like x, or float32");
-  check.same_device("weight", weight, x);
-  check.contiguous("weight", weight);
+  const DType weight_dtype = check.parameter("weight", weight, x);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   Tensor sum = no_tensor(x), r = x;
   if (residual) {

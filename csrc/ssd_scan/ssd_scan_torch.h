@@ -24,11 +24,7 @@ inline const void* vector(const Check& check, const char* name, const OptTensor&
   dtype = DType::kFloat32;
   if (!t) return nullptr;
   check.shape(name, *t, {size}, legend);
-  dtype = check.floating(name, *t);
-  check.that(t->scalar_type() == x.scalar_type() || dtype == DType::kFloat32, name, describe(*t),
-             dtype_name(x.scalar_type()), " like x, or float32");
-  check.same_device(name, *t, x);
-  check.contiguous(name, *t);
+  dtype = check.parameter(name, *t, x);
   return t->data_ptr();
 }
 

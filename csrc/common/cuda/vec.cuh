@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "common/dtype.h"
 
@@ -49,6 +50,17 @@ __device__ __forceinline__ void store_vec(T* dst, const float (&src)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) v.v[i] = from_float<T>(src[i]);
   *reinterpret_cast<Vec<T, N>*>(dst) = v;
+}
+
+// Whether rows of `size` elements at these pointers and strides (in elements) allow 16-byte access.
+template <typename T>
+bool rows_aligned(std::int64_t size, std::initializer_list<const void*> pointers,
+                  std::initializer_list<std::int64_t> strides) {
+  constexpr std::int64_t kVec = 16 / sizeof(T);
+  bool ok = size % kVec == 0;
+  for (const void* ptr : pointers) ok = ok && reinterpret_cast<std::uintptr_t>(ptr) % 16 == 0;
+  for (const std::int64_t stride : strides) ok = ok && stride % kVec == 0;
+  return ok;
 }
 
 __device__ __forceinline__ float warp_sum(float v) {
