@@ -28,15 +28,7 @@ inline bool check_activation(const Check& check, const std::string& activation) 
 
 // On the CPU the values are checked too; a GPU's kernels stay in bounds whatever they are.
 inline int64_t check_cu_seqlens(const Check& check, const Tensor& cu, const Tensor& x) {
-  const int64_t tokens = x.size(1);
-  check.that(x.size(0) == 1, "x", describe(x), "[1, T, C] with cu_seqlens");
-  check.shape("cu_seqlens", cu, {-1}, "[n_seq + 1]");
-  check.dtype("cu_seqlens", cu, ScalarType::Int);
-  check.same_device("cu_seqlens", cu, x);
-  check.contiguous("cu_seqlens", cu);
-  const int64_t n = cu.size(0) - 1;
-  check.that(n >= 1 || (n == 0 && tokens == 0), "cu_seqlens", describe(cu),
-             "[n_seq + 1] with T = ", tokens, " tokens in at least one sequence");
+  const int64_t tokens = x.size(1), n = check.cu_seqlens(cu, x, "x", "[1, T, C]");
   if (!cu.is_cpu()) return n;
   const int32_t* v = static_cast<const int32_t*>(cu.data_ptr());
   const auto value = [&](int64_t i) {

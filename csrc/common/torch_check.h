@@ -168,6 +168,21 @@ class Check {
     that(t.is_contiguous(), argument, t, "contiguous");
   }
 
+  // The bounds of the sequences packed in x [1, T, ...]: [n_seq + 1] int32 beside x; returns n_seq.
+  // `legend` is x's shape then.  The values are checked by the operators, where they can be read.
+  int64_t cu_seqlens(const Tensor& cu, const Tensor& x, const char* x_name,
+                     const char* legend) const {
+    shape("cu_seqlens", cu, {-1}, "[n_seq + 1]");
+    dtype("cu_seqlens", cu, ScalarType::Int);
+    same_device("cu_seqlens", cu, x);
+    contiguous("cu_seqlens", cu);
+    that(x.size(0) == 1, x_name, x, legend, " with cu_seqlens");
+    const int64_t sequences = cu.size(0) - 1, tokens = x.size(1);
+    that(sequences >= 1 || (sequences == 0 && tokens == 0), "cu_seqlens", cu,
+         "[n_seq + 1] with T = ", tokens, " tokens in at least one sequence");
+    return sequences;
+  }
+
   void status(const Status& s) const {
     if (s.error != nullptr) throw std::runtime_error(std::string("zebra::") + op_ + ": " + s.error);
   }

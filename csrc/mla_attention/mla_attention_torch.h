@@ -33,16 +33,10 @@ inline MlaAttentionShape mla_attention_shape(const Check& check, const Tensor& q
   check.that(p.v_dim > 0, "kv", describe(kv), "[B, S, G, Dn + Dv] wider than Dn = ", p.nope);
   p.sequences = p.B;
   if (cu_seqlens) {
-    check.dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
-    check.same_device("cu_seqlens", *cu_seqlens, q);
-    check.that(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, "cu_seqlens",
-               describe(*cu_seqlens), "[n_seq + 1]");
-    check.contiguous("cu_seqlens", *cu_seqlens);
-    check.that(p.B == 1, "q", describe(q), "[1, T, H, Dn + E] with cu_seqlens");
+    p.sequences = check.cu_seqlens(*cu_seqlens, q, "q", "[1, T, H, Dn + E]");
     check.that(p.S == p.T, "k_rope", describe(k_rope), "[B, S, E] with S = T = ", p.T,
                " with cu_seqlens");
     p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
-    p.sequences = cu_seqlens->size(0) - 1;
   }
   p.q = q.data_ptr(), p.kv = kv.data_ptr(), p.k_rope = k_rope.data_ptr();
   for (int d = 0; d < 3; ++d) p.q_stride[d] = q.stride(d), p.kv_stride[d] = kv.stride(d);

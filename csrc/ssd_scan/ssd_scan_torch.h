@@ -111,15 +111,8 @@ inline SsdScanParams ssd_scan_inputs(const Check& check, const SsdScanInputs& in
     check.that(in.z.has_value(), "z", "None", "given with norm_weight (the norm follows the gate)");
   p.sequences = p.batch;
   if (in.cu_seqlens) {
-    const Tensor& cu = *in.cu_seqlens;
-    check.shape("cu_seqlens", cu, {-1}, "[n_seq + 1]");
-    check.dtype("cu_seqlens", cu, ScalarType::Int);
-    check.same_device("cu_seqlens", cu, x);
-    check.contiguous("cu_seqlens", cu);
-    check.that(cu.size(0) > 0, "cu_seqlens", describe(cu), "[n_seq + 1], not empty");
-    check.that(p.batch == 1, "x", describe(x), "[1, T, Gx, P] with cu_seqlens");
-    p.sequences = cu.size(0) - 1;
-    p.cu_seqlens = static_cast<const int32_t*>(cu.data_ptr());
+    p.sequences = check.cu_seqlens(*in.cu_seqlens, x, "x", "[1, T, Gx, P]");
+    p.cu_seqlens = static_cast<const int32_t*>(in.cu_seqlens->data_ptr());
   }
   if (in.initial_state) {
     const Tensor& s = *in.initial_state;

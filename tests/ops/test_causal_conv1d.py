@@ -7,6 +7,7 @@ import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import assert_rejected
 
 from zebra import _extension, ops
 from zebra.ops import conv, reference
@@ -405,22 +406,23 @@ REJECTED_ON_CPU = {
 }
 
 
-def rejects(cases, case, device):
+def rejected(change, device):
     args = make(1, 6, 8, device=device, cu_seqlens=[0, 3, 6])
-    change, message = cases[case]
-    args = {k: change[k](v) if k in change else v for k, v in args.items()}
-    with pytest.raises(RuntimeError, match="zebra::causal_conv1d: " + message):
-        ops.causal_conv1d(**args)
+    return {k: change[k](v) if k in change else v for k, v in args.items()}
 
 
 @pytest.mark.parametrize("case", REJECTED)
 def test_causal_conv1d_rejects(case, device):
-    rejects(REJECTED, case, device)
+    change, message = REJECTED[case]
+    args, message = rejected(change, device), "zebra::causal_conv1d: " + message
+    assert_rejected(message, ops.causal_conv1d, conv._causal_conv1d_composite, **args)
 
 
 @pytest.mark.parametrize("case", REJECTED_ON_CPU)
 def test_causal_conv1d_rejects_wrong_boundaries_on_the_cpu(case):
-    rejects(REJECTED_ON_CPU, case, "cpu")
+    change, message = REJECTED_ON_CPU[case]
+    with pytest.raises(RuntimeError, match="zebra::causal_conv1d: " + message):
+        ops.causal_conv1d(**rejected(change, "cpu"))
 
 
 bindings = pytest.mark.skipif(_extension.bindings() is None, reason="zebra._C was not built")

@@ -3,6 +3,7 @@
 import pytest
 import tolerances
 import torch
+from refusals import assert_rejected
 
 from zebra import ops
 from zebra.ops import conv, reference
@@ -157,8 +158,9 @@ def test_causal_conv1d_step_rejects(case, device):
     }
     change, message = REJECTED_STEPS[case]
     args = {k: change[k](v) if k in change else v for k, v in args.items()}
-    with pytest.raises(RuntimeError, match="zebra::causal_conv1d_step: " + message):
-        ops.causal_conv1d_step(**args)
+    message = "zebra::causal_conv1d_step: " + message
+    forms = (ops.causal_conv1d_step, conv._causal_conv1d_step_composite)
+    assert_rejected(message, *forms, **args)
 
 
 def test_causal_conv1d_step_rejects_a_slot_out_of_range_on_the_cpu():

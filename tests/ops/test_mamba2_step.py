@@ -5,6 +5,7 @@ import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import assert_rejected
 
 from zebra import ops
 from zebra.ops import reference
@@ -316,7 +317,10 @@ def change(name, fn):
 
 
 def indices(*values, dtype=torch.int32):
-    return lambda a: {**a, "state_indices": torch.tensor(values, dtype=dtype)}
+    def changed(a):
+        return {**a, "state_indices": torch.tensor(values, dtype=dtype).to(a["A"].device)}
+
+    return changed
 
 
 REJECTED = {
@@ -354,21 +358,34 @@ REJECTED = {
     "dt_bias_shape": (change("dt_bias", lambda t: t[:5]), r"dt_bias must be \[H\] = \[6\], got"),
     "D_stride": (change("D", lambda t: t.repeat(2)[::2]), "D must be contiguous"),
     "A_dtype": (change("A", torch.Tensor.half), "A must be float32, got"),
-    "A_positive": (change("A", torch.Tensor.neg), "A must be <= 0 .*, got .* at head 0"),
     "norm_shape": (change("norm_weight", lambda t: t[:P]), r"norm_weight must be \[H P\] = \[96\]"),
     "groups": (lambda a: {**a, "n_groups": 4}, "n_groups must be a divisor of H = 6, got 4"),
     "no_groups": (lambda a: {**a, "n_groups": 0}, "n_groups must be a divisor of H = 6, got 0"),
     "index_dtype": (indices(0, 1, 2, dtype=torch.int64), "state_indices must be int32"),
     "index_count": (indices(0, 1), r"state_indices must be \[B\] = \[3\], got \[2\]"),
+}
+REJECTED_ON_CPU = {
+    "A_positive": (change("A", torch.Tensor.neg), "A must be <= 0 .*, got .* at head 0"),
     "index_range": (indices(0, 3, 1), "state_indices must be less than slots = 3, got 3 in row 1"),
     "index_twice": (indices(1, -1, 1), "state_indices must be distinct .*, got 1 in row 2"),
 }
 
 
 @pytest.mark.parametrize("case", REJECTED)
-def test_mamba2_step_rejects(case):
+def test_mamba2_step_rejects(case, device):
     """And writes nothing."""
     alter, message = REJECTED[case]
+    args = alter(make(3, device=device))
+    conv, ssm = args["conv_state"].clone(), args["ssm_state"].clone()
+    message = "zebra::mamba2_step: " + message
+    assert_rejected(message, ops.mamba2_step, _mamba2_step_composite, **args)
+    assert torch.equal(args["conv_state"], conv) and torch.equal(args["ssm_state"], ssm)
+
+
+@pytest.mark.parametrize("case", REJECTED_ON_CPU)
+def test_mamba2_step_rejects_wrong_values_on_the_cpu(case):
+    """And writes nothing."""
+    alter, message = REJECTED_ON_CPU[case]
     args = alter(make(3))
     conv, ssm = args["conv_state"].clone(), args["ssm_state"].clone()
     with pytest.raises(RuntimeError, match="zebra::mamba2_step: " + message):

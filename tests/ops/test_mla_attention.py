@@ -7,6 +7,7 @@ import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import assert_rejected
 
 from zebra import ops
 from zebra.ops import reference
@@ -337,6 +338,12 @@ REJECTED = {
         lambda q, kv, r: (q[:1], kv[:1, :7], r[:1, :7], 1.0, cu_seqlens(0, 7).long()),
         "cu_seqlens must be int32",
     ),
+    "cu_empty": (
+        lambda q, kv, r: (q[:1], kv[:1, :7], r[:1, :7], 1.0, cu_seqlens(0)),
+        r"cu_seqlens must be \[n_seq \+ 1\] with T = 7 tokens in at least one sequence, got \[1\]",
+    ),
+}
+REJECTED_ON_CPU = {
     "cu_falls": (
         lambda q, kv, r: (q[:1], kv[:1, :7], r[:1, :7], 1.0, cu_seqlens(0, 5, 4, 7)),
         "cu_seqlens must be non-decreasing from 0 to T = 7, got 4 at 2",
@@ -348,10 +355,24 @@ REJECTED = {
 }
 
 
-@pytest.mark.parametrize("case", REJECTED)
-def test_mla_attention_rejects(case):
-    change, message = REJECTED[case]
+def rejected(change, device):
+    """The arguments of a refused call."""
     inputs, _ = make((4, 2, 4, 2, 4), 2, 7, torch.float32, "cpu", S=9)
     args = change(*inputs)
+    args = args if len(args) > 3 else (*args, 1.0)
+    return [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_mla_attention_rejects(case, device):
+    change, message = REJECTED[case]
+    args = rejected(change, device)
+    message = "zebra::mla_attention: " + message
+    assert_rejected(message, ops.mla_attention, _mla_attention_composite, *args)
+
+
+@pytest.mark.parametrize("case", REJECTED_ON_CPU)
+def test_mla_attention_rejects_wrong_boundaries_on_the_cpu(case):
+    change, message = REJECTED_ON_CPU[case]
     with pytest.raises(RuntimeError, match="zebra::mla_attention: " + message):
-        ops.mla_attention(*args, *(() if len(args) > 3 else (1.0,)))
+        ops.mla_attention(*rejected(change, "cpu"))

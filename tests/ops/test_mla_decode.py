@@ -10,6 +10,7 @@ import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import assert_rejected
 
 from zebra import ops
 from zebra.ops import reference
@@ -441,6 +442,9 @@ REJECTED = {
         change(seq_lens=lambda a: a["seq_lens"][:1]),
         r"seq_lens must be \[B\] = \[2\], got \[1\]",
     ),
+    "split": (change(split_size=lambda a: -1), r"split_size must be 0 \(automatic\) or a number"),
+}
+REJECTED_ON_CPU = {
     "long_sequence": (
         change(seq_lens=lambda a: a["seq_lens"] * 0 + 49),
         r"seq_lens must be 0 to max_pages \* page = 48, got 49 at 0",
@@ -454,13 +458,20 @@ REJECTED = {
         r"block_table must be 0 to pages - 1 = 4 in the entries that a sequence uses, "
         r"got 2147480000 at \[0, 1\] with a sequence of 25",
     ),
-    "split": (change(split_size=lambda a: -1), r"split_size must be 0 \(automatic\) or a number"),
 }
 
 
 @pytest.mark.parametrize("case", REJECTED)
-def test_mla_decode_rejects(case):
+def test_mla_decode_rejects(case, device):
     broken, message = REJECTED[case]
+    args = broken(make(ODD["three_heads"], [5, 20], torch.float32, device))
+    message = "zebra::mla_decode: " + message
+    assert_rejected(message, ops.mla_decode, _mla_decode_composite, **args)
+
+
+@pytest.mark.parametrize("case", REJECTED_ON_CPU)
+def test_mla_decode_rejects_values_out_of_range_on_the_cpu(case):
+    broken, message = REJECTED_ON_CPU[case]
     args = make(ODD["three_heads"], [5, 20], torch.float32, "cpu")
     with pytest.raises(RuntimeError, match="zebra::mla_decode: " + message):
         ops.mla_decode(**broken(args))

@@ -5,6 +5,7 @@ import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import assert_rejected
 
 from zebra import ops
 from zebra.ops import reference
@@ -408,14 +409,6 @@ REJECTED = {
         {"positions": lambda t: t[:1]},
         r"positions must be \[B, T\] = \[2, 5\], got \[1, 5\]",
     ),
-    "position_high": (
-        {"positions": lambda t: t * 0 + 64},
-        r"positions must be 0 to maxpos - 1 = 63, got 64 at \[0, 0\]",
-    ),
-    "position_low": (
-        {"positions": lambda t: t.int() * 0 - 1},
-        r"positions must be 0 to maxpos - 1 = 63, got -1 at \[0, 0\]",
-    ),
     "norm_shape": (
         {"q_a_norm_weight": lambda t: t[1:]},
         r"q_a_norm_weight must be \[Rq\] = \[17\], got \[16\]",
@@ -425,13 +418,34 @@ REJECTED = {
         "kv_a_norm_weight must be float32 like hidden, or float32",
     ),
 }
+REJECTED_ON_CPU = {
+    "position_high": (
+        {"positions": lambda t: t * 0 + 64},
+        r"positions must be 0 to maxpos - 1 = 63, got 64 at \[0, 0\]",
+    ),
+    "position_low": (
+        {"positions": lambda t: t.int() * 0 - 1},
+        r"positions must be 0 to maxpos - 1 = 63, got -1 at \[0, 0\]",
+    ),
+}
+
+
+def rejected(args, changes):
+    return args | {k: change(args[k]) for k, change in changes.items()}
 
 
 @pytest.mark.parametrize("case", REJECTED)
-def test_mla_project_rejects(case):
+def test_mla_project_rejects(case, device):
     changes, message = REJECTED[case]
-    args = make(DIMS["odd"], torch.float32, "cpu", norms=True)
-    args |= {k: change(args[k]) for k, change in changes.items()}
+    args = rejected(make(DIMS["odd"], torch.float32, device, norms=True), changes)
+    message = "zebra::mla_project: " + message
+    assert_rejected(message, ops.mla_project, _mla_project_composite, **args)
+
+
+@pytest.mark.parametrize("case", REJECTED_ON_CPU)
+def test_mla_project_rejects_positions_out_of_range_on_the_cpu(case):
+    changes, message = REJECTED_ON_CPU[case]
+    args = rejected(make(DIMS["odd"], torch.float32, "cpu"), changes)
     with pytest.raises(RuntimeError, match="zebra::mla_project: " + message):
         ops.mla_project(**args)
 
@@ -448,9 +462,8 @@ REJECTED_APPENDS = {
 
 
 @pytest.mark.parametrize("case", REJECTED_APPENDS)
-def test_mla_project_append_rejects(case):
+def test_mla_project_append_rejects(case, device):
     changes, message = REJECTED_APPENDS[case]
-    args = with_cache(make(DIMS["odd"], torch.float32, "cpu", (2, 3)), [0, 1, 2, 3, 4, 5])
-    args |= {k: change(args[k]) for k, change in changes.items()}
-    with pytest.raises(RuntimeError, match="zebra::mla_project_append: " + message):
-        ops.mla_project_append(**args)
+    args = with_cache(make(DIMS["odd"], torch.float32, device, (2, 3)), [0, 1, 2, 3, 4, 5])
+    message = "zebra::mla_project_append: " + message
+    assert_rejected(message, *APPENDS, **rejected(args, changes))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zebra.ops._check import Check, acc_dtype
 from zebra.ops._register import autograd, composite, fake
 
 # Elements of the scores that the composite holds at once: 256 MiB in fp32.
@@ -53,10 +54,6 @@ def mla_attention(
     return torch.ops.zebra.mla_attention(q, kv, k_rope, scale, cu_seqlens, causal)
 
 
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @fake("mla_attention")
 def _mla_attention_fake(
     q: Tensor,
@@ -67,7 +64,7 @@ def _mla_attention_fake(
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     v_dim = kv.size(3) - (q.size(3) - k_rope.size(2))
-    return q.new_empty(*q.shape[:3], v_dim), q.new_empty(q.shape[:3], dtype=_acc(q))
+    return q.new_empty(*q.shape[:3], v_dim), q.new_empty(q.shape[:3], dtype=acc_dtype(q))
 
 
 @fake("mla_attention_backward")
@@ -100,7 +97,7 @@ class _Eager:
     ) -> None:
         B, S, self.G, _ = kv.shape
         self.T, self.H = q.size(1), q.size(2)
-        acc, nope = _acc(q), q.size(3) - k_rope.size(2)
+        acc, nope = acc_dtype(q), q.size(3) - k_rope.size(2)
         rope = k_rope[:, :, None].expand(-1, -1, self.G, -1)
         self.key = torch.cat((kv[..., :nope], rope), dim=-1).transpose(1, 2).to(acc)
         self.value = kv[..., nope:].transpose(1, 2).to(acc)
@@ -140,6 +137,32 @@ class _Eager:
         return s.masked_fill(~allowed.repeat(self.H // self.G, 1), float("-inf"))
 
 
+def _check(q: Tensor, kv: Tensor, k_rope: Tensor, cu_seqlens: Tensor | None) -> None:
+    """csrc/mla_attention/mla_attention_torch.h, without the values of cu_seqlens."""
+    check = Check("mla_attention")
+    check.floating("q", q)
+    ok = q.dim() == 4 and q.size(2) > 0 and q.size(3) > 0
+    check.that(ok, "q", q, "[B, T, H, Dn + E] with H >= 1")
+    B, T, H, width = q.shape
+    check.last_dim_contiguous("q", q)
+    check.like("k_rope", k_rope, q, "q")
+    check.shape("k_rope", k_rope, (B, -1, -1), "[B, S, E]")
+    check.last_dim_contiguous("k_rope", k_rope)
+    S, nope = k_rope.size(1), width - k_rope.size(2)
+    check.that(nope >= 0, "k_rope", k_rope, "[B, S, E] with E at most Dn + E = ", width)
+    check.that(S >= T, "k_rope", k_rope, "[B, S, E] with S >= T = ", T)
+    check.like("kv", kv, q, "q")
+    check.shape("kv", kv, (B, S, -1, -1), "[B, S, G, Dn + Dv]")
+    check.last_dim_contiguous("kv", kv)
+    ok = kv.size(2) > 0 and H % kv.size(2) == 0
+    check.that(ok, "kv", kv, "[B, S, G, Dn + Dv] with G a divisor of H = ", H)
+    check.that(kv.size(3) > nope, "kv", kv, "[B, S, G, Dn + Dv] wider than Dn = ", nope)
+    if cu_seqlens is not None:
+        check.cu_seqlens(cu_seqlens, q, "q", "[1, T, H, Dn + E]")
+        legend = "[B, S, E] with S = T = "
+        check.that(S == T, "k_rope", k_rope, legend, T, " with cu_seqlens")
+
+
 @composite("mla_attention")
 def _mla_attention_composite(
     q: Tensor,
@@ -149,9 +172,10 @@ def _mla_attention_composite(
     cu_seqlens: Tensor | None = None,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
+    _check(q, kv, k_rope, cu_seqlens)
     e = _Eager(q, kv, k_rope, scale, cu_seqlens, causal)
     o = q.new_empty(*q.shape[:3], e.value.size(-1))
-    lse = q.new_empty(q.shape[:3], dtype=_acc(q))
+    lse = q.new_empty(q.shape[:3], dtype=acc_dtype(q))
     for first, end in e.chunks:
         s = e.scores(e.rows(q, first, end), first, end)
         log_sum = s.logsumexp(-1, keepdim=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zebra.ops._check import Check
 from zebra.ops._register import autograd, composite, fake, optional
 
 
@@ -131,6 +132,61 @@ def _causal_conv1d_step_fake(
     return x.new_empty(x.shape)
 
 
+def _check_weights(
+    check: Check, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> None:
+    """Of both operators, csrc/causal_conv1d/causal_conv1d_torch.h."""
+    channels = x.size(-1)
+    check.floating("x", x)
+    check.that(channels > 0, "x", x, "non-empty in its last dimension")
+    check.last_dim_contiguous("x", x)
+    check.shape("weight", weight, (channels, -1), "[C, W]")
+    check.that(2 <= weight.size(1) <= 4, "weight", weight, "[C, W] with W 2, 3 or 4")
+    check.parameter("weight", weight, x)
+    if bias is not None:
+        check.shape("bias", bias, (channels,), "[C]")
+        check.parameter("bias", bias, x)
+    known = activation in ("silu", "none")
+    check.that(known, "activation", f"'{activation}'", "'silu' or 'none'")
+
+
+def _check_sequences(
+    check: Check,
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    sequences, legend = x.size(0), "[B, C, W-1]"
+    if cu_seqlens is not None:
+        sequences = check.cu_seqlens(cu_seqlens, x, "x", "[1, T, C]")
+        legend = "[n_seq, C, W-1]"
+    if initial_state is not None:
+        sizes = (sequences, x.size(2), weight.size(1) - 1)
+        check.shape("initial_state", initial_state, sizes, legend)
+        check.like("initial_state", initial_state, x, "x")
+
+
+def _check_slots(
+    check: Check, x: Tensor, conv_state: Tensor, weight: Tensor, state_indices: Tensor | None
+) -> None:
+    (batch, channels), taps = x.shape, weight.size(1) - 1
+    check.shape("conv_state", conv_state, (-1, channels, taps), "[slots, C, W-1]")
+    check.like("conv_state", conv_state, x, "x")
+    _, row, tap = conv_state.stride()
+    ok = (taps == 1 or tap == 1) and (channels == 1 or row == taps)
+    check.that(ok, "conv_state", conv_state, "contiguous in its last two dimensions")
+    if state_indices is None:
+        few = ("[slots, C, W-1] with at least B = ", batch)
+        absent = " slots when there are no state_indices"
+        check.that(conv_state.size(0) >= batch, "conv_state", conv_state, *few, absent)
+    else:
+        check.shape("state_indices", state_indices, (batch,), "[B]")
+        check.dtype("state_indices", state_indices, torch.int32)
+        check.same_device("state_indices", state_indices, x)
+        check.contiguous("state_indices", state_indices)
+
+
 # The composites index rows by token, so that packed sequences need no value on the host.
 
 
@@ -193,6 +249,10 @@ def _causal_conv1d_composite(
     cu_seqlens: Tensor | None = None,
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
+    check = Check("causal_conv1d")
+    check.shape("x", x, (-1, -1, -1), "[B, T, C]")
+    _check_weights(check, x, weight, bias, activation)
+    _check_sequences(check, x, weight, initial_state, cu_seqlens)
     pre, _ = _pre(x, weight, bias, initial_state, cu_seqlens)
     y = F.silu(pre) if activation == "silu" else pre
     _, start, end = _sequence_of(x, cu_seqlens)
@@ -257,6 +317,10 @@ def _causal_conv1d_step_composite(
     activation: str = "silu",
     state_indices: Tensor | None = None,
 ) -> Tensor:
+    check = Check("causal_conv1d_step")
+    check.shape("x", x, (-1, -1), "[B, C]")
+    _check_weights(check, x, weight, bias, activation)
+    _check_slots(check, x, conv_state, weight, state_indices)
     if state_indices is None:
         slots = torch.arange(x.size(0), device=x.device)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zebra.ops._check import Check, acc_dtype
 from zebra.ops._register import composite, fake
 
 # Elements of the largest temporary of the composite: 256 MiB in fp32.
@@ -72,10 +73,6 @@ def mla_decode(
     )
 
 
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @fake("mla_decode")
 def _mla_decode_fake(
     q: Tensor,
@@ -92,7 +89,58 @@ def _mla_decode_fake(
     if kv_b_weight is not None:
         nope = q.size(3) - (cache.size(2) - kv_b_weight.size(1))
         v_dim = kv_b_weight.size(0) // num_kv_heads - nope
-    return q.new_empty(*q.shape[:3], v_dim), q.new_empty(q.shape[:3], dtype=_acc(q))
+    return q.new_empty(*q.shape[:3], v_dim), q.new_empty(q.shape[:3], dtype=acc_dtype(q))
+
+
+def _check(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kv_b_weight: Tensor | None,
+    num_kv_heads: int,
+    kv_lora_rank: int,
+    split_size: int,
+) -> None:
+    """csrc/mla_decode/mla_decode_torch.h, without the values of block_table and seq_lens."""
+    check = Check("mla_decode")
+    check.floating("q", q)
+    ok = q.dim() == 4 and 0 not in q.shape[1:]
+    check.that(ok, "q", q, "[B, T, H, Dn + E] with T, H >= 1")
+    B, _, H, width = q.shape
+    check.last_dim_contiguous("q", q)
+    check.like("cache", cache, q, "q")
+    ok = cache.dim() == 3 and 0 not in cache.shape[1:]
+    check.that(ok, "cache", cache, "[pages, page, R + E]")
+    check.last_dim_contiguous("cache", cache)
+    depth = cache.size(2)
+    if kv_b_weight is None:
+        ok, given = 0 < kv_lora_rank <= depth, " where kv_b_weight is not given"
+        check.that(ok, "kv_lora_rank", kv_lora_rank, "1 to R + E = ", depth, given)
+        check.shape("q", q, (-1, -1, -1, depth), "[B, T, H, R + E]")
+    else:
+        G, legend = num_kv_heads, "[G * (Dn + Dv), R]"
+        check.like("kv_b_weight", kv_b_weight, q, "q")
+        check.that(kv_b_weight.dim() == 2, "kv_b_weight", kv_b_weight, legend)
+        ok = G > 0 and H % G == 0
+        check.that(ok, "num_kv_heads", G, "given with kv_b_weight and divide H = ", H)
+        rows, R = kv_b_weight.shape
+        ok, columns = kv_lora_rank in (0, R), ", the columns of kv_b_weight"
+        check.that(ok, "kv_lora_rank", kv_lora_rank, "0 or R = ", R, columns)
+        ok = 0 < R <= depth
+        check.that(ok, "kv_b_weight", kv_b_weight, legend, " with 1 <= R <= R + E = ", depth)
+        nope = width - (depth - R)
+        check.that(nope >= 0, "q", q, "at least E = ", depth - R, " wide")
+        ok, heads = rows % G == 0 and rows // G > nope, f" with G = {G}, Dn = {nope} and Dv >= 1"
+        check.that(ok, "kv_b_weight", kv_b_weight, legend, heads)
+    check.dtype("block_table", block_table, torch.int32)
+    check.same_device("block_table", block_table, q)
+    check.shape("block_table", block_table, (B, -1), "[B, max_pages]")
+    check.last_dim_contiguous("block_table", block_table)
+    check.dtype("seq_lens", seq_lens, torch.int32)
+    check.same_device("seq_lens", seq_lens, q)
+    check.shape("seq_lens", seq_lens, (B,), "[B]")
+    check.that(split_size >= 0, "split_size", split_size, "0 (automatic) or a number of tokens")
 
 
 @composite("mla_decode")
@@ -107,9 +155,11 @@ def _mla_decode_composite(
     kv_lora_rank: int = 0,
     split_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    tables = (block_table, seq_lens)
+    _check(q, cache, *tables, kv_b_weight, num_kv_heads, kv_lora_rank, split_size)
     B, T, H, _ = q.shape
     pages, page, depth = cache.shape
-    acc = _acc(q)
+    acc = acc_dtype(q)
     R = kv_lora_rank if kv_b_weight is None else kv_b_weight.size(1)
     query = q.to(acc)
     if kv_b_weight is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zebra.ops._check import Check, acc_dtype
 from zebra.ops._register import autograd, composite, fake
 
 _COMPOSITE_LOGIT_BYTES = 512 << 20  # fp32 logits of both models that the composite holds at once
@@ -55,10 +57,6 @@ def fused_kl_div(
         )[0]
 
 
-def _acc(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 @fake("fused_kl_div")
 def _fused_kl_div_fake(
     student_hidden: Tensor,
@@ -67,7 +65,7 @@ def _fused_kl_div_fake(
     teacher_weight: Tensor,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kl = student_hidden.new_empty(student_hidden.size(0), dtype=_acc(student_hidden))
+    kl = student_hidden.new_empty(student_hidden.size(0), dtype=acc_dtype(student_hidden))
     lse = student_hidden.new_empty(student_hidden.size(0), dtype=torch.float64)
     return kl, lse, torch.empty_like(lse)
 
@@ -93,7 +91,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     """A product in fp32 (fp64): 16-bit factors of one dtype run on the GPU's matrix units."""
     if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.to(_acc(a)), b.to(_acc(b)))
+    return torch.mm(a.to(acc_dtype(a)), b.to(acc_dtype(b)))
 
 
 def _softmax_parts(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -102,6 +100,39 @@ def _softmax_parts(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[
     top = logits.amax(-1, keepdim=True)
     log_sum = (logits - top).exp().sum(-1, keepdim=True).log()
     return (logits - top) - log_sum, (top.double() + log_sum.double())[:, 0]
+
+
+def _check(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    temperature: float,
+) -> None:
+    """The checks of csrc/fused_kl_div."""
+    check = Check("fused_kl_div")
+    check.shape("student_hidden", student_hidden, (-1, -1), "[M, Ds]")
+    M, Ds = student_hidden.shape
+    check.shape("student_weight", student_weight, (-1, Ds), "[V, Ds]")
+    V = student_weight.size(0)
+    check.shape("teacher_hidden", teacher_hidden, (M, -1), "[M, Dt]")
+    Dt = teacher_hidden.size(1)
+    check.shape("teacher_weight", teacher_weight, (V, Dt), "[V, Dt]")
+    check.that(V > 0 and Ds > 0, "student_weight", student_weight, "[V, Ds] with V, Ds > 0")
+    check.that(Dt > 0, "teacher_weight", teacher_weight, "[V, Dt] with Dt > 0")
+    check.floating("student_hidden", student_hidden)
+    double = student_hidden.dtype == torch.float64
+    want = "float64 like" if double else "float32, bfloat16 or float16 beside"
+    for name, t in (
+        ("student_weight", student_weight),
+        ("teacher_hidden", teacher_hidden),
+        ("teacher_weight", teacher_weight),
+    ):
+        check.floating(name, t)
+        check.that((t.dtype == torch.float64) == double, name, t, want, " student_hidden")
+        check.same_device(name, t, student_hidden)
+    ok = temperature > 0 and math.isfinite(temperature)
+    check.that(ok, "temperature", f"{temperature:f}", "positive and finite")
 
 
 @composite("fused_kl_div")
@@ -113,7 +144,8 @@ def _fused_kl_div_composite(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chunks of tokens, each with its whole rows of logits."""
-    M, acc = student_hidden.size(0), _acc(student_hidden)
+    _check(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature)
+    M, acc = student_hidden.size(0), acc_dtype(student_hidden)
     kl = student_hidden.new_empty(M, dtype=acc)
     lse_s = student_hidden.new_empty(M, dtype=torch.float64)
     lse_t = torch.empty_like(lse_s)
@@ -141,7 +173,7 @@ def _fused_kl_div_backward_composite(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Panels of the vocabulary, each for all tokens: a weight gradient is one product."""
-    (M, width), V, acc = student_hidden.shape, student_weight.size(0), _acc(student_hidden)
+    (M, width), V, acc = student_hidden.shape, student_weight.size(0), acc_dtype(student_hidden)
     dhidden = student_hidden.new_zeros(M, width, dtype=acc)
     dweight = torch.empty_like(student_weight, memory_format=torch.contiguous_format)
     if M == 0:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zebra.ops import reference
+from zebra.ops._check import Check, acc_dtype
 from zebra.ops._register import autograd, composite, fake
 
 
@@ -72,6 +73,38 @@ def _linear_decode_fake(
     return x.new_empty(*x.shape[:-1], outputs)
 
 
+def _check(
+    check: Check,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+) -> None:
+    """csrc/linear_decode/linear_decode_torch.h, up to the residual."""
+    known = activation in ("none", "swiglu")
+    check.that(known, "activation", f"'{activation}'", "'none' or 'swiglu'")
+    rows = "2 N" if activation == "swiglu" else "N"
+    check.floating("x", x)
+    check.that(x.dim() >= 1 and x.size(-1) > 0, "x", x, "[..., K] with K > 0")
+    K, acc = x.size(-1), acc_dtype(x)
+    check.like("weight", weight, x, "x")
+    check.shape("weight", weight, (-1, K), f"[{rows}, K]")
+    check.last_dim_contiguous("weight", weight)
+    ok = activation == "none" or weight.size(0) % 2 == 0
+    check.that(ok, "weight", weight, "[2 N, K]: N gate rows, then N up rows")
+    if norm_weight is not None:
+        check.shape("norm_weight", norm_weight, (K,), "[K]")
+        ok = norm_weight.dtype in (x.dtype, acc)
+        check.that(ok, "norm_weight", norm_weight, x.dtype, " like x, or ", acc)
+        check.same_device("norm_weight", norm_weight, x)
+        check.contiguous("norm_weight", norm_weight)
+    if bias is not None:
+        check.like("bias", bias, x, "x")
+        check.shape("bias", bias, (weight.size(0),), f"[{rows}]")
+        check.contiguous("bias", bias)
+
+
 @composite("linear_decode")
 def _linear_decode_composite(
     x: Tensor,
@@ -82,16 +115,18 @@ def _linear_decode_composite(
     activation: str = "none",
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    if activation not in ("none", "swiglu"):
-        raise RuntimeError(
-            f"zebra::linear_decode: activation must be 'none' or 'swiglu', got '{activation}'"
-        )
+    check = Check("linear_decode")
+    _check(check, x, weight, norm_weight, bias, activation)
     h = x if norm_weight is None else reference.rms_norm(x, norm_weight, eps=norm_eps)[0]
     y = F.linear(h, weight, bias)
     if activation == "swiglu":
         gate, up = (y if y.dtype == torch.float64 else y.float()).chunk(2, dim=-1)
         y = (F.silu(gate) * up).to(x.dtype)
-    return y if residual is None else y + residual
+    if residual is None:
+        return y
+    check.like("residual", residual, x, "x")
+    check.that(residual.shape == y.shape, "residual", residual, "shaped like the result, ", y)
+    return y + residual
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zebra.ops import reference
+from zebra.ops._check import Check, acc_dtype
 from zebra.ops._register import autograd, composite, fake
 
 
@@ -39,17 +40,13 @@ def rms_norm(
     return y if residual is None else (y, s)
 
 
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @fake("rms_norm")
 def _rms_norm_fake(
     x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape)
     s = x.new_empty(0 if residual is None else x.shape)
-    return y, s, x.new_empty(x.numel() // x.size(-1), dtype=_acc(x))
+    return y, s, x.new_empty(x.numel() // x.size(-1), dtype=acc_dtype(x))
 
 
 @fake("rms_norm_backward")
@@ -63,6 +60,15 @@ def _rms_norm_backward_fake(
 def _rms_norm_composite(
     x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check = Check("rms_norm")
+    check.that(x.dim() >= 1, "x", x, "at least 1-D, [..., D]")
+    check.floating("x", x)
+    check.that(x.size(-1) > 0, "x", x, "non-empty in its last dimension")
+    check.shape("weight", weight, (x.size(-1),), "[D]")
+    check.parameter("weight", weight, x)
+    if residual is not None:
+        check.like("residual", residual, x, "x")
+        check.that(residual.shape == x.shape, "residual", residual, "shaped like x, ", x)
     y, s = reference.rms_norm(x, weight, residual, eps)
     wide = x.float() if residual is None else x.float() + residual.float()
     rstd = torch.rsqrt(wide.square().mean(-1) + eps).flatten()

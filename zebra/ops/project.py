@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zebra.ops import reference
+from zebra.ops._check import Check
 from zebra.ops._register import autograd, composite, fake, optional
 
 
@@ -238,6 +239,83 @@ def _norm_backward(
     return dx.to(x.dtype), dw.to(weight.dtype)
 
 
+class _Inputs(NamedTuple):
+    """The arguments that both operators share."""
+
+    hidden: Tensor
+    q_a_weight: Tensor | None
+    q_b_weight: Tensor
+    kv_a_weight: Tensor
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    num_heads: int
+    q_a_norm_weight: Tensor | None
+    kv_a_norm_weight: Tensor | None
+    norm_eps: float
+
+    def check(self, check: Check) -> None:
+        """csrc/mla_project/mla_project_torch.h, without the values of positions."""
+        x = self.hidden
+
+        def weight(name: str, w: Tensor, columns: int, legend: str) -> None:
+            check.like(name, w, x, "hidden")
+            check.shape(name, w, (-1, columns), legend)
+            check.that(w.size(0) > 0, name, w, "non-empty")
+
+        def norm(name: str, w: Tensor | None, size: int, legend: str) -> None:
+            if w is None:
+                return
+            check.same_device(name, w, x)
+            check.floating(name, w)
+            ok = w.dtype in (x.dtype, torch.float32)
+            check.that(ok, name, w, x.dtype, " like hidden, or float32")
+            check.shape(name, w, (size,), legend)
+            check.contiguous(name, w)
+
+        check.floating("hidden", x)
+        check.that(x.dim() == 3 and x.size(2) > 0, "hidden", x, "[B, T, D] with D >= 1")
+        B, T, rank_q = x.shape
+        q_legend = "[H * (Dn + E), D]"
+        if self.q_a_weight is not None:
+            weight("q_a_weight", self.q_a_weight, x.size(2), "[Rq, D]")
+            rank_q, q_legend = self.q_a_weight.size(0), "[H * (Dn + E), Rq]"
+        weight("q_b_weight", self.q_b_weight, rank_q, q_legend)
+        weight("kv_a_weight", self.kv_a_weight, x.size(2), "[R + E, D]")
+        sizes: tuple[int, ...] = (-1, -1)
+        for name, table in (("cos", self.cos), ("sin", self.sin)):
+            check.dtype(name, table, torch.float32)
+            check.same_device(name, table, x)
+            check.shape(name, table, sizes, "[maxpos, E / 2]")
+            check.contiguous(name, table)
+            sizes = tuple(self.cos.shape)
+        E, H, rows = 2 * self.cos.size(1), self.num_heads, self.q_b_weight.size(0)
+        R = self.kv_a_weight.size(0) - E
+        want = ("[R + E, D] with more rows than E = ", E)
+        check.that(R > 0, "kv_a_weight", self.kv_a_weight, *want)
+        want = ("a divisor of the rows of q_b_weight, ", rows)
+        check.that(H > 0 and rows % H == 0, "num_heads", H, *want)
+        legend = ("[H * (Dn + E), Rq] with H = ", H, " and Dn + E >= E = ", E)
+        check.that(rows // H >= E, "q_b_weight", self.q_b_weight, *legend)
+        ok = self.positions.dtype in (torch.int32, torch.int64)
+        check.that(ok, "positions", self.positions, "int32 or int64")
+        check.same_device("positions", self.positions, x)
+        check.shape("positions", self.positions, (B, T), "[B, T]")
+        norm("q_a_norm_weight", self.q_a_norm_weight, rank_q, "[Rq]")
+        norm("kv_a_norm_weight", self.kv_a_norm_weight, R, "[R]")
+
+    def project(self) -> tuple[Tensor, Tensor]:
+        """The queries and the latents."""
+        x, eps = self.hidden, self.norm_eps
+        angles = _Angles(self.cos[self.positions], self.sin[self.positions])
+        c_q = x if self.q_a_weight is None else F.linear(x, self.q_a_weight)
+        q = F.linear(_norm(c_q, self.q_a_norm_weight, eps), self.q_b_weight)
+        R = self.kv_a_weight.size(0) - 2 * self.cos.size(-1)
+        c, k = F.linear(x, self.kv_a_weight).tensor_split([R], dim=-1)
+        latent = torch.cat((_norm(c, self.kv_a_norm_weight, eps), k), dim=-1)
+        return angles.rotate(q.unflatten(-1, (self.num_heads, -1))), angles.rotate(latent)
+
+
 @composite("mla_project")
 def _mla_project_composite(
     hidden: Tensor,
@@ -252,13 +330,21 @@ def _mla_project_composite(
     kv_a_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    angles = _Angles(cos[positions], sin[positions])
-    c_q = hidden if q_a_weight is None else F.linear(hidden, q_a_weight)
-    q = F.linear(_norm(c_q, q_a_norm_weight, norm_eps), q_b_weight)
-    R = kv_a_weight.size(0) - 2 * cos.size(-1)
-    c, k = F.linear(hidden, kv_a_weight).tensor_split([R], dim=-1)
-    latent = torch.cat((_norm(c, kv_a_norm_weight, norm_eps), k), dim=-1)
-    return angles.rotate(q.unflatten(-1, (num_heads, -1))), angles.rotate(latent)
+    inputs = _Inputs(
+        hidden,
+        q_a_weight,
+        q_b_weight,
+        kv_a_weight,
+        cos,
+        sin,
+        positions,
+        num_heads,
+        q_a_norm_weight,
+        kv_a_norm_weight,
+        norm_eps,
+    )
+    inputs.check(Check("mla_project"))
+    return inputs.project()
 
 
 @composite("mla_project_append")
@@ -277,7 +363,7 @@ def _mla_project_append_composite(
     kv_a_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    q, latent = _mla_project_composite(
+    inputs = _Inputs(
         hidden,
         q_a_weight,
         q_b_weight,
@@ -290,6 +376,15 @@ def _mla_project_append_composite(
         kv_a_norm_weight,
         norm_eps,
     )
+    check = Check("mla_project_append")
+    inputs.check(check)
+    check.like("cache", cache, hidden, "hidden")
+    check.shape("cache", cache, (-1, -1, kv_a_weight.size(0)), "[pages, page, R + E]")
+    check.last_dim_contiguous("cache", cache)
+    check.dtype("slot_mapping", slot_mapping, torch.int64)
+    check.same_device("slot_mapping", slot_mapping, hidden)
+    check.shape("slot_mapping", slot_mapping, tuple(hidden.shape[:2]), "[B, T]")
+    q, latent = inputs.project()
     if cache.size(0) == 0 or latent.numel() == 0:
         return q, latent
     # Shapes may not depend on values, so every row is written somewhere: one that is not stored

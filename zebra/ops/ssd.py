@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zebra.ops import reference
+from zebra.ops._check import Check, acc_dtype
 from zebra.ops._register import autograd, composite, differentiable, fake, optional
 
 _CHUNK = 64  # tokens of the composite's chunks
@@ -76,10 +77,6 @@ def ssd_scan(
     return y, state
 
 
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
@@ -103,7 +100,7 @@ def _ssd_scan_fake(
     heads, P = A.size(0), x.size(3)
     sequences = x.size(0) if cu_seqlens is None else cu_seqlens.size(0) - 1
     y = x.new_empty(x.size(0), x.size(1), heads, P)
-    return y, x.new_empty(sequences, heads, P, B.size(3), dtype=_acc(x))
+    return y, x.new_empty(sequences, heads, P, B.size(3), dtype=acc_dtype(x))
 
 
 @fake("ssd_scan_backward")
@@ -141,76 +138,57 @@ def _check(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    """Refuse what csrc/ssd_scan/ssd_scan_torch.h refuses, in its words; values are not read."""
+    """csrc/ssd_scan/ssd_scan_torch.h, without the values of A and cu_seqlens."""
+    check = Check("ssd_scan")
 
-    def require(ok: bool, name: str, t: Tensor | None, expected: str) -> None:
-        if ok:
-            return
-        got = "None" if t is None else f"{list(t.shape)} {str(t.dtype)[6:]} on {t.device}"
-        raise RuntimeError(f"zebra::ssd_scan: {name} must be {expected}, got {got}")
+    def grouped(name: str, t: Tensor, legend: str) -> None:
+        check.shape(name, t, (*x.shape[:2], -1, -1), legend)
+        check.like(name, t, x, "x")
+        ok = t.size(2) > 0 and H % t.size(2) == 0
+        check.that(ok, name, t, "of a number of heads that divides H = ", H)
+        check.that(t.size(3) > 0, name, t, "non-empty in its last dimension")
+        check.last_dim_contiguous(name, t)
 
-    def shape(name: str, t: Tensor, legend: str, *sizes: int) -> None:
-        ok = t.dim() == len(sizes) and all(
-            w in (-1, s) for s, w in zip(t.shape, sizes, strict=True)
-        )
-        want = ", ".join("any" if w < 0 else str(w) for w in sizes)
-        require(ok, name, t, f"{legend} = [{want}]")
-        require(t.device == x.device, name, t, f"on {x.device}")
+    def vector(name: str, t: Tensor | None, size: int, legend: str) -> None:
+        if t is not None:
+            check.shape(name, t, (size,), legend)
+            check.parameter(name, t, x)
 
-    def contiguous_rows(name: str, t: Tensor) -> None:
-        ok = t.size(-1) == 1 or t.stride(-1) == 1
-        require(ok, name, t, "contiguous in its last dimension")
-
-    shape("x", x, "[B, T, Gx, P]", -1, -1, -1, -1)
-    like = str(x.dtype)[6:]
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    require(x.dtype in floats, "x", x, "float32, bfloat16 or float16 (float64 on the CPU only)")
-    shape("A", A, "[H]", -1)
-    require(A.size(0) > 0, "A", A, "of at least one head")
-    require(A.dtype == torch.float32, "A", A, "float32")
-    H, P, tokens = A.size(0), x.size(3), (x.size(0), x.size(1))
-    for name, t, legend in (
-        ("x", x, "[B, T, Gx, P]"),
-        ("B", B, "[B, T, Gb, N]"),
-        ("C", C, "[B, T, Gc, N]"),
-    ):
-        shape(name, t, legend, *tokens, -1, -1)
-        require(t.dtype == x.dtype, name, t, f"{like} like x")
-        heads = t.size(2) > 0 and H % t.size(2) == 0
-        require(heads, name, t, f"of a number of heads that divides H = {H}")
-        require(t.size(3) > 0, name, t, "non-empty in its last dimension")
-        contiguous_rows(name, t)
-    shape("C", C, "[B, T, Gc, N]", *tokens, C.size(2), B.size(3))
-    shape("dt", dt, "[B, T, H]", *tokens, H)
-    contiguous_rows("dt", dt)
+    check.shape("x", x, (-1, -1, -1, -1), "[B, T, Gx, P]")
+    check.floating("x", x)
+    check.shape("A", A, (-1,), "[H]")
+    H, P, tokens = A.size(0), x.size(3), tuple(x.shape[:2])
+    check.that(H > 0, "A", A, "of at least one head")
+    check.dtype("A", A, acc_dtype(x))
+    check.same_device("A", A, x)
+    check.contiguous("A", A)
+    grouped("x", x, "[B, T, Gx, P]")
+    grouped("B", B, "[B, T, Gb, N]")
+    grouped("C", C, "[B, T, Gc, N]")
+    check.shape("C", C, (*tokens, C.size(2), B.size(3)), "[B, T, Gc, N]")
+    check.shape("dt", dt, (*tokens, H), "[B, T, H]")
+    check.floating("dt", dt)
+    ok = dt.dtype in (x.dtype, torch.float32)
+    check.that(ok, "dt", dt, x.dtype, " like x, or float32")
+    check.same_device("dt", dt, x)
+    check.last_dim_contiguous("dt", dt)
+    vector("D", D, H, "[H]")
+    vector("dt_bias", dt_bias, H, "[H]")
     if z is not None:
-        shape("z", z, "[B, T, H, P]", *tokens, H, P)
-        require(z.dtype == x.dtype, "z", z, f"{like} like x")
-        contiguous_rows("z", z)
-    for name, v, legend, size in (
-        ("dt", dt, "", -1),
-        ("D", D, "[H]", H),
-        ("dt_bias", dt_bias, "[H]", H),
-        ("norm_weight", norm_weight, "[H * P]", H * P),
-    ):
-        if v is None:
-            continue
-        if legend:
-            shape(name, v, legend, size)
-        dtypes = (x.dtype, torch.float32)
-        require(v.dtype in dtypes, name, v, f"{like} like x, or float32")
-    gate = "given with norm_weight (the norm follows the gate)"
-    require(norm_weight is None or z is not None, "z", z, gate)
+        check.shape("z", z, (*tokens, H, P), "[B, T, H, P]")
+        check.like("z", z, x, "x")
+        check.last_dim_contiguous("z", z)
+    vector("norm_weight", norm_weight, H * P, "[H * P]")
+    ok = norm_weight is None or z is not None
+    check.that(ok, "z", z, "given with norm_weight (the norm follows the gate)")
     sequences, legend = x.size(0), "[B, H, P, N]"
     if cu_seqlens is not None:
-        shape("cu_seqlens", cu_seqlens, "[n_seq + 1]", -1)
-        require(cu_seqlens.dtype == torch.int32, "cu_seqlens", cu_seqlens, "int32")
-        require(cu_seqlens.size(0) > 0, "cu_seqlens", cu_seqlens, "[n_seq + 1], not empty")
-        require(x.size(0) == 1, "x", x, "[1, T, Gx, P] with cu_seqlens")
-        sequences, legend = cu_seqlens.size(0) - 1, "[n_seq, H, P, N]"
+        sequences = check.cu_seqlens(cu_seqlens, x, "x", "[1, T, Gx, P]")
+        legend = "[n_seq, H, P, N]"
     if initial_state is not None:
-        shape("initial_state", initial_state, legend, sequences, H, P, B.size(3))
-        require(initial_state.dtype == torch.float32, "initial_state", initial_state, "float32")
+        check.shape("initial_state", initial_state, (sequences, H, P, B.size(3)), legend)
+        check.dtype("initial_state", initial_state, acc_dtype(x))
+        check.same_device("initial_state", initial_state, x)
 
 
 class _Chunks(NamedTuple):
@@ -274,7 +252,7 @@ def _chunked_scan(
     batch, tokens, heads, P, N = x.size(0), x.size(1), A.size(0), x.size(3), B.size(3)
     sequences = batch if cu_seqlens is None else cu_seqlens.size(0) - 1
     first = (
-        x.new_zeros(sequences, heads, P, N, dtype=_acc(x))
+        x.new_zeros(sequences, heads, P, N, dtype=acc_dtype(x))
         if initial_state is None
         else initial_state.clone()
     )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zebra.ops import reference
+from zebra.ops._check import Check, acc_dtype
 from zebra.ops._register import composite, fake
 
 
@@ -110,6 +111,87 @@ def _write_slots(state: Tensor, slots: Tensor, live: Tensor, value: Tensor) -> N
     state.index_copy_(0, slots[row], value[row])
 
 
+def _check(
+    zxbcdt: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor | None,
+    n_groups: int,
+    state_indices: Tensor | None,
+) -> None:
+    """csrc/mamba2_step/mamba2_step_torch.h, without the values of A and state_indices."""
+    check, acc = Check("mamba2_step"), acc_dtype(zxbcdt)
+
+    def parameter(name: str, t: Tensor | None, sizes: tuple[int, ...], legend: str) -> None:
+        if t is None:
+            return
+        check.shape(name, t, sizes, legend)
+        ok = t.dtype in (zxbcdt.dtype, acc)
+        check.that(ok, name, t, zxbcdt.dtype, " like zxbcdt, or ", acc)
+        check.same_device(name, t, zxbcdt)
+        check.contiguous(name, t)
+
+    def pool(name: str, t: Tensor) -> None:
+        """Slots, each contiguous in itself, that do not overlap."""
+        slot, ok = 1, True
+        for size, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
+            ok = ok and (size <= 1 or stride == slot)
+            slot *= size
+        ok = t.numel() == 0 or (ok and (t.size(0) <= 1 or t.stride(0) >= slot))
+        want = ("contiguous within a slot, with slots at least ", slot, " elements apart")
+        check.that(ok, name, t, *want)
+
+    check.shape("ssm_state", ssm_state, (-1, -1, -1, -1), "[slots, H, P, N]")
+    slots, H, P, N = ssm_state.shape
+    ok = H > 0 and P > 0 and N > 0
+    check.that(ok, "ssm_state", ssm_state, "[slots, H, P, N] with H, P, N > 0")
+    G = n_groups
+    check.that(G > 0 and H % G == 0, "n_groups", G, "a divisor of H = ", H)
+    channels = G * (P + N) + H * N
+    ok = conv_weight.dim() == 2 and conv_weight.size(1) > 0
+    check.that(ok, "conv_weight", conv_weight, "[C, W] with W > 0")
+    W = conv_weight.size(1)
+
+    check.floating("zxbcdt", zxbcdt)
+    row = "[B, H P + G (P + N) + H N + H]"
+    check.shape("zxbcdt", zxbcdt, (-1, H * P + channels + H), row)
+    check.last_dim_contiguous("zxbcdt", zxbcdt)
+    batch = zxbcdt.size(0)
+
+    check.like("conv_state", conv_state, zxbcdt, "zxbcdt")
+    check.shape("conv_state", conv_state, (slots, channels, W - 1), "[slots, C, W-1]")
+    pool("conv_state", conv_state)
+    ok = ssm_state.dtype in (zxbcdt.dtype, acc)
+    check.that(ok, "ssm_state", ssm_state, acc, " or ", zxbcdt.dtype, " like zxbcdt")
+    check.same_device("ssm_state", ssm_state, zxbcdt)
+    pool("ssm_state", ssm_state)
+
+    parameter("conv_weight", conv_weight, (channels, W), "[C, W]")
+    parameter("conv_bias", conv_bias, (channels,), "[C]")
+    parameter("dt_bias", dt_bias, (H,), "[H]")
+    parameter("D", D, (H,), "[H]")
+    parameter("norm_weight", norm_weight, (H * P,), "[H P]")
+    check.shape("A", A, (H,), "[H]")
+    check.dtype("A", A, acc)
+    check.same_device("A", A, zxbcdt)
+    check.contiguous("A", A)
+
+    if state_indices is None:
+        want = ("[slots, H, P, N] with slots >= B = ", batch)
+        absent = " where state_indices is not given"
+        check.that(slots >= batch, "ssm_state", ssm_state, *want, absent)
+    else:
+        check.shape("state_indices", state_indices, (batch,), "[B]")
+        check.dtype("state_indices", state_indices, torch.int32)
+        check.same_device("state_indices", state_indices, zxbcdt)
+        check.contiguous("state_indices", state_indices)
+
+
 @composite("mamba2_step")
 def _mamba2_step_composite(
     zxbcdt: Tensor,
@@ -125,6 +207,8 @@ def _mamba2_step_composite(
     state_indices: Tensor | None = None,
     norm_eps: float = 1e-5,
 ) -> Tensor:
+    weights = (conv_weight, conv_bias, dt_bias, A, D, norm_weight)
+    _check(zxbcdt, conv_state, ssm_state, *weights, n_groups, state_indices)
     batch, (_, H, P, N), G = zxbcdt.size(0), ssm_state.shape, n_groups
     if batch == 0:
         return zxbcdt.new_empty(0, H * P)
