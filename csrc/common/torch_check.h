@@ -168,6 +168,19 @@ class Check {
     that(t.is_contiguous(), argument, t, "contiguous");
   }
 
+  // States [slots, ...] that are written in place: each slot contiguous in itself, none
+  // overlapping.
+  void slots(const char* argument, const Tensor& t) const {
+    int64_t slot = 1;
+    bool ok = true;
+    for (int64_t d = t.dim() - 1; d > 0; --d) {
+      ok = ok && (t.size(d) <= 1 || t.stride(d) == slot);
+      slot *= t.size(d);
+    }
+    that(t.numel() == 0 || (ok && (t.size(0) <= 1 || t.stride(0) >= slot)), argument, t,
+         "contiguous within a slot, with slots at least ", slot, " elements apart");
+  }
+
   // The bounds of the sequences packed in x [1, T, ...]: [n_seq + 1] int32 beside x; returns n_seq.
   // `legend` is x's shape then.  The values are checked by the operators, where they can be read.
   int64_t cu_seqlens(const Tensor& cu, const Tensor& x, const char* x_name,

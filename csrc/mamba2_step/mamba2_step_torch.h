@@ -18,18 +18,6 @@ inline DType step_parameter(const Check& check, const char* argument, const Tens
   return check.floating(argument, t);
 }
 
-// A pool of slots, each contiguous in itself, that do not overlap.
-inline void step_pool(const Check& check, const char* argument, const Tensor& t) {
-  int64_t slot = 1;
-  bool ok = true;
-  for (int64_t d = t.dim() - 1; d > 0; --d) {
-    ok = ok && (t.size(d) <= 1 || t.stride(d) == slot);
-    slot *= t.size(d);
-  }
-  check.that(t.numel() == 0 || (ok && (t.size(0) <= 1 || t.stride(0) >= slot)), argument, t,
-             "contiguous within a slot, with slots at least ", slot, " elements apart");
-}
-
 // `validate(check, slots)` checks the values of A and state_indices where the host can read them.
 template <typename Validate, typename Launch>
 Tensor mamba2_step_torch(const Tensor& zxbcdt, const Tensor& conv_state, const Tensor& ssm_state,
@@ -57,13 +45,13 @@ Tensor mamba2_step_torch(const Tensor& zxbcdt, const Tensor& conv_state, const T
 
   check.like("conv_state", conv_state, zxbcdt, "zxbcdt");
   check.shape("conv_state", conv_state, {slots, channels, W - 1}, "[slots, C, W-1]");
-  step_pool(check, "conv_state", conv_state);
+  check.slots("conv_state", conv_state);
   check.that(ssm_state.scalar_type() == zxbcdt.scalar_type() ||
                  ssm_state.scalar_type() == acc_dtype(zxbcdt),
              "ssm_state", ssm_state, dtype_name(acc_dtype(zxbcdt)), " or ",
              dtype_name(zxbcdt.scalar_type()), " like zxbcdt");
   check.same_device("ssm_state", ssm_state, zxbcdt);
-  step_pool(check, "ssm_state", ssm_state);
+  check.slots("ssm_state", ssm_state);
 
   const DType conv_weight_dtype =
       step_parameter(check, "conv_weight", conv_weight, zxbcdt, {channels, W}, "[C, W]");

@@ -132,7 +132,11 @@ REJECTED_STEPS = {
     "state_dtype": ({"conv_state": lambda t: t.half()}, "conv_state must be float32 like x"),
     "state_strides": (
         {"conv_state": lambda t: t.mT.contiguous().mT},
-        "conv_state must be contiguous in its last two dimensions",
+        "conv_state must be contiguous within a slot",
+    ),
+    "state_overlap": (
+        {"conv_state": lambda t: t[:1].expand(4, -1, -1)},
+        "conv_state must be contiguous within a slot, with slots at least 24 elements apart",
     ),
     "too_few_slots": (
         {"conv_state": lambda t: t[:2], "state_indices": lambda _: None},

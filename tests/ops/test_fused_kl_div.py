@@ -342,6 +342,10 @@ REJECTED = {
     "vocabulary": (change(3, lambda t: t[1:]), r"teacher_weight must be \[V, Dt\] = \[203, 40\]"),
     "teacher_width": (change(3, lambda t: t[:, 1:]), r"teacher_weight must be \[V, Dt\] ="),
     "no_vocabulary": (lambda a: [a[0], a[1][:0], a[2], a[3][:0]], "student_weight must be .* > 0"),
+    "no_width": (
+        lambda a: [a[0], a[1], a[2][:, :0], a[3][:, :0]],
+        r"teacher_weight must be \[V, Dt\] with Dt > 0",
+    ),
     "integers": (
         change(0, lambda t: t.int()),
         "student_hidden must be float32, bfloat16 or float16",

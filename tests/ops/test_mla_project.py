@@ -404,6 +404,10 @@ REJECTED = {
         r"sin must be \[maxpos, E / 2\] = \[64, 3\], got \[63, 3\]",
     ),
     "heads": ({"num_heads": lambda n: 4}, "num_heads must be a divisor of .* 33, got 4"),
+    "narrow_heads": (
+        {"num_heads": lambda n: 33},
+        r"q_b_weight must be \[H \* \(Dn \+ E\), Rq\] with H = 33 and Dn \+ E >= E = 6",
+    ),
     "positions_dtype": ({"positions": lambda t: t.float()}, "positions must be int32 or int64"),
     "positions_shape": (
         {"positions": lambda t: t[:1]},

@@ -89,6 +89,16 @@ class Check:
         """Without gaps, in order."""
         self.that(t.is_contiguous(), argument, t, "contiguous")
 
+    def slots(self, argument: str, t: Tensor) -> None:
+        """States [slots, ...], each slot contiguous in itself, none overlapping another."""
+        slot, ok = 1, True
+        for size, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
+            ok = ok and (size <= 1 or stride == slot)
+            slot *= size
+        ok = t.numel() == 0 or (ok and (t.size(0) <= 1 or t.stride(0) >= slot))
+        legend = "contiguous within a slot, with slots at least "
+        self.that(ok, argument, t, legend, slot, " elements apart")
+
     def cu_seqlens(self, cu: Tensor, x: Tensor, x_name: str, x_legend: str) -> int:
         """Bounds of the sequences packed in x [1, T, ...]; returns how many there are."""
         self.shape("cu_seqlens", cu, (-1,), "[n_seq + 1]")

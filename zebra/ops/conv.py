@@ -69,7 +69,7 @@ def causal_conv1d_step(
 
     Args:
         x: [B, C], contiguous in C; rows may be views into wider rows.
-        conv_state: [slots, C, W-1] like x, contiguous in its last two dimensions; changed in place.
+        conv_state: [slots, C, W-1] like x, changed in place; slots contiguous, none overlapping.
         weight: [C, W] with W 2, 3 or 4, of x's dtype or float32, contiguous.
         bias: [C] of x's dtype or float32, or None.
         activation: "silu" or "none".
@@ -173,9 +173,7 @@ def _check_slots(
     (batch, channels), taps = x.shape, weight.size(1) - 1
     check.shape("conv_state", conv_state, (-1, channels, taps), "[slots, C, W-1]")
     check.like("conv_state", conv_state, x, "x")
-    _, row, tap = conv_state.stride()
-    ok = (taps == 1 or tap == 1) and (channels == 1 or row == taps)
-    check.that(ok, "conv_state", conv_state, "contiguous in its last two dimensions")
+    check.slots("conv_state", conv_state)
     if state_indices is None:
         few = ("[slots, C, W-1] with at least B = ", batch)
         absent = " slots when there are no state_indices"

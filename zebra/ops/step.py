@@ -136,16 +136,6 @@ def _check(
         check.same_device(name, t, zxbcdt)
         check.contiguous(name, t)
 
-    def pool(name: str, t: Tensor) -> None:
-        """Slots, each contiguous in itself, that do not overlap."""
-        slot, ok = 1, True
-        for size, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
-            ok = ok and (size <= 1 or stride == slot)
-            slot *= size
-        ok = t.numel() == 0 or (ok and (t.size(0) <= 1 or t.stride(0) >= slot))
-        want = ("contiguous within a slot, with slots at least ", slot, " elements apart")
-        check.that(ok, name, t, *want)
-
     check.shape("ssm_state", ssm_state, (-1, -1, -1, -1), "[slots, H, P, N]")
     slots, H, P, N = ssm_state.shape
     ok = H > 0 and P > 0 and N > 0
@@ -165,11 +155,11 @@ def _check(
 
     check.like("conv_state", conv_state, zxbcdt, "zxbcdt")
     check.shape("conv_state", conv_state, (slots, channels, W - 1), "[slots, C, W-1]")
-    pool("conv_state", conv_state)
+    check.slots("conv_state", conv_state)
     ok = ssm_state.dtype in (zxbcdt.dtype, acc)
     check.that(ok, "ssm_state", ssm_state, acc, " or ", zxbcdt.dtype, " like zxbcdt")
     check.same_device("ssm_state", ssm_state, zxbcdt)
-    pool("ssm_state", ssm_state)
+    check.slots("ssm_state", ssm_state)
 
     parameter("conv_weight", conv_weight, (channels, W), "[C, W]")
     parameter("conv_bias", conv_bias, (channels,), "[C]")
