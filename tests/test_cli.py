@@ -1,9 +1,11 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from zebra.cli import COMMANDS, main, parse_layout
+from zebra_cli import COMMANDS, main, parse_layout
 
 QUIET = {"capture_output": True, "text": True, "check": False}
 
@@ -57,6 +59,15 @@ def test_help_lists_every_command(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_do_not_wait_for_imports(flag):
+    modules = "[m in sys.modules for m in ('torch', 'transformers', 'zebra')]"
+    code = f"import sys, zebra_cli\ntry: zebra_cli.main(['{flag}'])\nfinally: print({modules})"
+    shown = subprocess.run([sys.executable, "-c", code], **QUIET)
+    assert shown.stdout.startswith(("usage: zebra", "zebra 0.")), shown.stderr
+    assert shown.stdout.endswith("[False, False, False]\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

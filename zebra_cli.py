@@ -1,13 +1,14 @@
 """The command ``zebra``: build facts, conversion, distillation, evaluation, generation, the demo.
 
-Imports are inside the functions, and only the chosen command's flags are built, so that
-``zebra --help`` answers at once.
+It lies beside the package, whose import takes seconds (torch, transformers); imports are inside the
+functions, and only the chosen command's flags are built: ``zebra --help`` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zebra", description="Turn a Llama checkpoint into a distilled MLA + Mamba2 hybrid."
     )
+    version = runpy.run_path(str(Path(__file__).with_name("zebra") / "_version.py"))["__version__"]
+    parser.add_argument("--version", action="version", version=f"zebra {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
