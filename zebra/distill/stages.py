@@ -151,7 +151,7 @@ def load_model(path: str, device: str, precision: str = "fp32") -> Any:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ValueError(f"zebra: {path!r} must be a model folder or hub name: {error}") from error
+        raise ValueError(f"{path!r} must be a model folder or hub name: {error}") from error
     return model.to(device).eval()
 
 
@@ -166,4 +166,4 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"zebra: {path!r} must hold a tokenizer: {error}") from error
+        raise ValueError(f"{path!r} must hold a tokenizer: {error}") from error
