@@ -166,4 +166,6 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path!r} must hold a tokenizer: {error}") from error
+        raise ValueError(
+            f"{path!r} must be a model folder or hub name with a tokenizer: {error}"
+        ) from error
