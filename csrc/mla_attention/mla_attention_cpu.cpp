@@ -3,10 +3,10 @@
 //   forward   one task a (sequence, KV head, row block): flash blocks over the keys
 //   backward  one task a (sequence, KV head): row blocks in order, each over its visible keys;
 //             scores recomputed from lse; then dk_rope summed over KV heads in order
+#include "mla_attention/mla_attention_cpu.h"
 #include "common/cpu/flash_tile.h"
 #include "common/cpu/parallel.h"
 #include "mla_attention/mla_attention.h"
-#include "mla_attention/mla_attention_cpu.h"
 #include "mla_attention/mla_attention_cpu_amx.h"
 
 namespace zebra::ZEBRA_ISA {

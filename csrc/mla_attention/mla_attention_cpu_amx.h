@@ -52,8 +52,8 @@ struct PackedKeys {
     return first[p.sequences];
   }
 
-  void pack(const Sequence& s, std::int64_t g, std::int64_t token, BFloat16* keys,
-            BFloat16* values, BFloat16* v) const {
+  void pack(const Sequence& s, std::int64_t g, std::int64_t token, BFloat16* keys, BFloat16* values,
+            BFloat16* v) const {
     const std::int64_t count = s.keys - token < 32 ? s.keys - token : 32;
     for (std::int64_t j = 0; j < 32; ++j) {
       if (j >= count) {

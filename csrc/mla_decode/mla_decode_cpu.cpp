@@ -20,8 +20,8 @@ struct Decode {
   const MlaDecodeParams& p;
   const std::int64_t rows, blocks, depth, ldr;  // query rows of a sequence, their blocks
   std::int64_t* first_split = nullptr;          // [B + 1]: where a sequence's partials start
-  A* queries = nullptr;   // [B, T, H, depth]: absorbed queries
-  A* partial = nullptr;   // [splits, rows, ldr]
+  A* queries = nullptr;                         // [B, T, H, depth]: absorbed queries
+  A* partial = nullptr;                         // [splits, rows, ldr]
   A* stats = nullptr;     // [splits, rows, 2]: max and sum of every partial row
   A* latent_o = nullptr;  // [B, T, H, ldr]: o~
 
@@ -58,8 +58,8 @@ struct Decode {
   }
   const T* query(std::int64_t index) const {
     const std::int64_t token = index / p.H;
-    return static_cast<const T*>(p.q) + token / p.T * p.q_stride[0] +
-           token % p.T * p.q_stride[1] + index % p.H * p.q_stride[2];
+    return static_cast<const T*>(p.q) + token / p.T * p.q_stride[0] + token % p.T * p.q_stride[1] +
+           index % p.H * p.q_stride[2];
   }
   // Row i of [nope + v_dim] of a KV head.
   const T* weight(std::int64_t g, std::int64_t i) const {
@@ -97,11 +97,15 @@ struct Decode {
     });
     parallel_for(splits * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
       FlashTile<A> tile(depth, p.R, p.scale, true);
-      attend_range(begin, end, kFlashKeys, tile, [&](std::int64_t count, const T* const* latents,
-                                                     const std::int32_t* visible) {
-        for (std::int64_t j = 0; j < count; ++j) tile.load_key(j, latents[j], depth);
-        tile.fold(count, visible);
-      });
+      attend_range(begin, end, kFlashKeys, tile,
+                   [&](std::int64_t count, const T* const* latents, std::int64_t coming,
+                       const T* const* next, const std::int32_t* visible) {
+                     for (std::int64_t j = 0; j < count; ++j) {
+                       if (j < coming) prefetch(next[j]);
+                       tile.load_key(j, latents[j], depth);
+                     }
+                     tile.fold(count, visible);
+                   });
     });
     merge_all();
     for_chunks([&](std::int64_t begin, std::int64_t end) {
@@ -177,13 +181,17 @@ struct Decode {
       FlashAmx tile(depth, p.R, p.scale, p.weight != nullptr ? 2 : 1);
       Aligned<BFloat16> k(FlashAmx::kKeys * tile.ldk), v_t(FlashAmx::kKeys * tile.ldo);
       attend_range(begin, end, FlashAmx::kKeys, tile,
-                   [&](std::int64_t count, const T* const* latents, const std::int32_t* visible) {
-                     const std::int64_t padded = pad_32(count);
-                     for (std::int64_t j = 0; j < padded; ++j)
-                       copy_padded(j < count ? latents[j] : nullptr, j < count ? depth : 0,
-                                   k + j * tile.ldk, tile.ldk);
-                     for (std::int64_t j = 0; j < padded; j += 32)
-                       transpose_32_rows(tile.ldo, k + j * tile.ldk, tile.ldk, v_t + j * tile.ldo);
+                   [&](std::int64_t count, const T* const* latents, std::int64_t coming,
+                       const T* const* next, const std::int32_t* visible) {
+                     for (std::int64_t at = 0; at < count; at += 32) {
+                       for (std::int64_t j = at; j < at + 32; ++j) {
+                         if (j < coming) prefetch(next[j]);
+                         copy_padded(j < count ? latents[j] : nullptr, j < count ? depth : 0,
+                                     k + j * tile.ldk, tile.ldk);
+                       }
+                       transpose_32_rows(tile.ldo, k + at * tile.ldk, tile.ldk,
+                                         v_t + at * tile.ldo);
+                     }
                      tile.fold(count, visible, k, v_t);
                    });
     });
@@ -197,10 +205,10 @@ struct Decode {
 
   // Memory of one thread to multiply kFlashRows rows with the weight of a KV head.
   struct AmxProjection {
-    const std::int64_t nope, R, v_dim;            // padded
-    Aligned<BFloat16> rows, weight;               // [2, kFlashRows, nope or R], [nope or v_dim, R]
-    Aligned<std::uint32_t> pairs;                 // of weight, or of rows transposed
-    Aligned<float> out, turned;                   // [kFlashRows, R or v_dim] and transposed
+    const std::int64_t nope, R, v_dim;  // padded
+    Aligned<BFloat16> rows, weight;     // [2, kFlashRows, nope or R], [nope or v_dim, R]
+    Aligned<std::uint32_t> pairs;       // of weight, or of rows transposed
+    Aligned<float> out, turned;         // [kFlashRows, R or v_dim] and transposed
     explicit AmxProjection(const MlaDecodeParams& p)
         : nope(pad_32(p.nope)),
           R(pad_32(p.R)),
@@ -230,8 +238,7 @@ struct Decode {
     rows_to_pairs(work.nope, work.R, work.weight, work.R, work.pairs, work.R);
     amx_product<false>(pad_32(n), work.R, work.nope, work.rows, work.nope, 32, work.pairs, work.R,
                        work.out, work.R);
-    for (std::int64_t r = 0; r < n; ++r)
-      store_absorbed(index(g, chunk, r), work.out + r * work.R);
+    for (std::int64_t r = 0; r < n; ++r) store_absorbed(index(g, chunk, r), work.out + r * work.R);
   }
 
   // o^T = U_v o~^T, with o~ in two bf16 parts.
@@ -242,30 +249,39 @@ struct Decode {
       split_row(latent_o + index(g, chunk, r) * ldr, work.rows + r * work.R,
                 work.rows + (kFlashRows + r) * work.R, p.R);
     copy_weight(g, p.nope, p.v_dim, work.v_dim, work);
-    for (std::int64_t part = 0; part < 2; ++part) {
-      transpose_to_pairs(ld, work.R, work.rows + part * kFlashRows * work.R, work.R, work.pairs,
-                         ld);
-      if (part == 0)
-        amx_product<false>(work.v_dim, ld, work.R, work.weight, work.R, 32, work.pairs, ld,
-                           work.turned, ld);
-      else
-        amx_product<true>(work.v_dim, ld, work.R, work.weight, work.R, 32, work.pairs, ld,
-                          work.turned, ld);
-    }
+    const std::int64_t part = work.R / 2 * ld;
+    for (std::int64_t i = 0; i < 2; ++i)
+      transpose_to_pairs(ld, work.R, work.rows + i * kFlashRows * work.R, work.R,
+                         work.pairs + i * part, ld);
+    amx_product<false>(work.v_dim, ld, work.R, work.weight, work.R, 32, work.pairs, ld, work.turned,
+                       ld, 2, part);
     transpose_dwords(work.v_dim, ld, work.turned, ld, work.out, work.v_dim);
     for (std::int64_t r = 0; r < n; ++r)
-      store_row(work.out + r * work.v_dim,
-                static_cast<T*>(p.o) + index(g, chunk, r) * p.v_dim, p.v_dim);
+      store_row(work.out + r * work.v_dim, static_cast<T*>(p.o) + index(g, chunk, r) * p.v_dim,
+                p.v_dim);
   }
 #endif
 
-  // The cache row of a token.
-  const T* latent(std::int64_t b, std::int64_t token) const {
-    const std::int64_t page = p.block_table[b * p.table_stride + token / p.page];
-    return static_cast<const T*>(p.cache) + page * p.page_stride + token % p.page * p.row_stride;
+  // The cache rows of n tokens.  One division, not one a token: it would cost as much as a row.
+  void locate(std::int64_t b, std::int64_t token, std::int64_t n, const T** latents) const {
+    const std::int32_t* page = p.block_table + b * p.table_stride + token / p.page;
+    std::int64_t at = token % p.page;
+    for (std::int64_t j = 0; j < n; ++j) {
+      latents[j] = static_cast<const T*>(p.cache) +
+                   static_cast<std::int64_t>(*page) * p.page_stride + at * p.row_stride;
+      if (++at == p.page) at = 0, ++page;
+    }
   }
 
-  // fold(count, latents, visible) folds the next tokens of a sequence in.
+  // Pages are scattered, which hardware prefetching does not follow.
+  void prefetch(const T* latent) const {
+    const char* const row = reinterpret_cast<const char*>(latent);
+    for (std::int64_t i = 0; i < depth * static_cast<std::int64_t>(sizeof(T)); i += 64)
+      __builtin_prefetch(row + i, 0, 2);
+  }
+
+  // fold(count, latents, coming, next, visible) folds `count` tokens of a sequence in, and may
+  // prefetch the `coming` ones that follow.
   template <typename Tile, typename Fold>
   void attend_range(std::int64_t begin, std::int64_t end, std::int64_t most_keys, Tile& tile,
                     const Fold& fold) {
@@ -295,23 +311,23 @@ struct Decode {
     tile.queries_ready();
     // The first row sees the fewest tokens: only blocks that reach past them need a mask.
     const std::int64_t fewest = length - p.T + row0 / p.H + 1;
+    const T* latents[2][kMostKeys];  // of this block and the next, in turn
+    const T **now = latents[0], **next = latents[1];
+    locate(b, first, last - first < most_keys ? last - first : most_keys, now);
     for (std::int64_t at = first; at < last; at += most_keys) {
       const std::int64_t count = last - at < most_keys ? last - at : most_keys;
-      const T* latents[kMostKeys];
-      for (std::int64_t j = 0; j < count; ++j) latents[j] = latent(b, at + j);
-      // Pages are scattered, which hardware prefetching does not follow.
-      for (std::int64_t j = at + count; j < last && j < at + count + most_keys; ++j) {
-        const char* const next = reinterpret_cast<const char*>(latent(b, j));
-        for (std::int64_t i = 0; i < depth * static_cast<std::int64_t>(sizeof(T)); i += 64)
-          __builtin_prefetch(next + i, 0, 2);
-      }
+      const std::int64_t left = last - at - count;
+      const std::int64_t coming = left < most_keys ? left : most_keys;
+      locate(b, at + count, coming, next);
       std::int32_t visible[kFlashRows];
       const bool masked = at + count > fewest;
       for (std::int64_t r = 0; masked && r < n; ++r) {
         const std::int64_t seen = length - p.T + (row0 + r) / p.H + 1 - at;
         visible[r] = static_cast<std::int32_t>(seen < 0 ? 0 : seen < count ? seen : count);
       }
-      fold(count, latents, masked ? visible : nullptr);
+      fold(count, now, coming, next, masked ? visible : nullptr);
+      const T** const spare = now;
+      now = next, next = spare;
     }
     tile.finish();
     for (std::int64_t r = 0; r < n; ++r) {

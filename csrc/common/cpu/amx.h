@@ -60,12 +60,14 @@ struct AmxScope {
 #define ZEBRA_TILE_DP(C, A, B) asm volatile("tdpbf16ps %tmm" #B ", %tmm" #A ", %tmm" #C)
 
 // C[M, N] = (kAdd: +=) A[M, K] B[K, N].  A: rows at lda; columns 32 i to 32 i + 31 at i a_step
-// (32 where A is an ordinary matrix).  b: pairs [K / 2, ldb].  2 x 2 tiles at a time: 4 loads feed
+// (32 where A is an ordinary matrix).  b: pairs [K / 2, ldb]; B may be the sum of several such
+// parts, at b + i part_stride.  2 x 2 tiles at a time: 4 loads feed
 // 4 products, which the loads then keep up with.
 template <bool kAdd>
 static inline void amx_product(std::int64_t M, std::int64_t N, std::int64_t K, const BFloat16* a,
                                std::int64_t lda, std::int64_t a_step, const std::uint32_t* b,
-                               std::int64_t ldb, float* c, std::int64_t ldc) {
+                               std::int64_t ldb, float* c, std::int64_t ldc, std::int64_t parts = 1,
+                               std::int64_t part_stride = 0) {
   for (std::int64_t m = 0; m < M; m += 32) {
     for (std::int64_t n = 0; n < N; n += 32) {
       float* const at = c + m * ldc + n;
@@ -80,17 +82,19 @@ static inline void amx_product(std::int64_t M, std::int64_t N, std::int64_t K, c
         ZEBRA_TILE_ZERO(2);
         ZEBRA_TILE_ZERO(3);
       }
-      const BFloat16* am = a + m * lda;
-      const std::uint32_t* bn = b + n;
-      for (std::int64_t k = 0; k < K; k += 32, am += a_step, bn += 16 * ldb) {
-        ZEBRA_TILE_LOAD(4, am, lda * 2);
-        ZEBRA_TILE_LOAD(6, bn, ldb * 4);
-        ZEBRA_TILE_DP(0, 4, 6);
-        ZEBRA_TILE_LOAD(7, bn + 16, ldb * 4);
-        ZEBRA_TILE_DP(1, 4, 7);
-        ZEBRA_TILE_LOAD(5, am + 16 * lda, lda * 2);
-        ZEBRA_TILE_DP(2, 5, 6);
-        ZEBRA_TILE_DP(3, 5, 7);
+      for (std::int64_t part = 0; part < parts; ++part) {
+        const BFloat16* am = a + m * lda;
+        const std::uint32_t* bn = b + part * part_stride + n;
+        for (std::int64_t k = 0; k < K; k += 32, am += a_step, bn += 16 * ldb) {
+          ZEBRA_TILE_LOAD(4, am, lda * 2);
+          ZEBRA_TILE_LOAD(6, bn, ldb * 4);
+          ZEBRA_TILE_DP(0, 4, 6);
+          ZEBRA_TILE_LOAD(7, bn + 16, ldb * 4);
+          ZEBRA_TILE_DP(1, 4, 7);
+          ZEBRA_TILE_LOAD(5, am + 16 * lda, lda * 2);
+          ZEBRA_TILE_DP(2, 5, 6);
+          ZEBRA_TILE_DP(3, 5, 7);
+        }
       }
       ZEBRA_TILE_STORE(0, at, ldc * 4);
       ZEBRA_TILE_STORE(1, at + 16, ldc * 4);
@@ -106,8 +110,7 @@ static inline void amx_product(std::int64_t M, std::int64_t N, std::int64_t K, c
                           L + 8, I + 12, J + 12, K + 12, L + 12)
 
 // dst[j, i] = src[i, j], 16 x 16 dwords: 2 x 2, then 4 x 4 blocks within lanes, then whole lanes.
-static inline void transpose_16x16(const void* src, std::int64_t lds, void* dst,
-                                   std::int64_t ldd) {
+static inline void transpose_16x16(const void* src, std::int64_t lds, void* dst, std::int64_t ldd) {
   typedef std::uint32_t Vec __attribute__((vector_size(64)));
   typedef std::uint32_t Any __attribute__((vector_size(64), aligned(4), may_alias));
   const char* const from = static_cast<const char*>(src);
@@ -197,7 +200,8 @@ typedef float Float16 __attribute__((vector_size(64), may_alias));
 #define ZEBRA_AMX_INLINE __attribute__((always_inline)) static inline
 
 // Of 2^f in [-1/2, 1/2], minimax in the relative error with 2^0 exact.
-constexpr float kExp2[6] = {1.0f, 6.931469776e-1f, 2.402224208e-1f, 5.550733744e-2f, 9.671512665e-3f, 1.326472684e-3f};
+constexpr float kExp2[6] = {
+    1.0f, 6.931469776e-1f, 2.402224208e-1f, 5.550733744e-2f, 9.671512665e-3f, 1.326472684e-3f};
 
 // 2^x to about 1 ulp for x <= 126; 0 below -126; NaN stays NaN.  The maskz forms of intrinsics:
 // gcc 12 warns of an uninitialised value inside the plain ones.

@@ -37,7 +37,7 @@ struct FlashAmx {
   const float to_log2;                     // |scale| log2(e)
   const std::uint32_t sign;                // of scale, in both halves of a pair
   std::int64_t rows = 0, ld = 0;
-  Aligned<BFloat16> q_rows;        // [parts, kFlashRows, ldk]
+  Aligned<BFloat16> q_rows;        // [parts, ld, ldk]
   Aligned<std::uint32_t> q_pairs;  // [parts, ldk / 2, ld]
   Aligned<float> s;                // [kKeys, ld]
   Aligned<std::uint32_t> p;        // [kKeys / 2, ld]: pairs of keys
@@ -69,7 +69,7 @@ struct FlashAmx {
   void start(std::int64_t rows_) {
     rows = rows_;
     ld = pad_32(rows);
-    std::memset(q_rows, 0, static_cast<std::size_t>(parts * kFlashRows * ldk) * 2);
+    std::memset(q_rows, 0, static_cast<std::size_t>(parts * ld * ldk) * 2);
     std::memset(o_t, 0, static_cast<std::size_t>(ldo * ld) * 4);
     for (std::int64_t r = 0; r < ld; ++r) {
       max[r] = -std::numeric_limits<float>::infinity();
@@ -81,12 +81,11 @@ struct FlashAmx {
     copy_padded(src, depth, q_rows + r * ldk, depth);
   }
   void load_query(std::int64_t r, const float* src) {
-    split_row(src, q_rows + r * ldk, q_rows + (kFlashRows + r) * ldk, depth);
+    split_row(src, q_rows + r * ldk, q_rows + (ld + r) * ldk, depth);
   }
   void queries_ready() {
     for (std::int64_t part = 0; part < parts; ++part)
-      transpose_to_pairs(ld, ldk, q_rows + part * kFlashRows * ldk, ldk,
-                         q_pairs + part * ldk / 2 * ld, ld);
+      transpose_to_pairs(ld, ldk, q_rows + part * ld * ldk, ldk, q_pairs + part * ldk / 2 * ld, ld);
     if (sign == 0) return;
     for (std::int64_t i = 0; i < parts * ldk / 2 * ld; ++i) q_pairs[i] ^= sign;
   }
@@ -96,9 +95,7 @@ struct FlashAmx {
   void fold(std::int64_t keys, const std::int32_t* visible, const BFloat16* k,
             const BFloat16* v_t) {
     const std::int64_t padded = pad_32(keys);
-    amx_product<false>(padded, ld, ldk, k, ldk, 32, q_pairs, ld, s, ld);
-    for (std::int64_t part = 1; part < parts; ++part)
-      amx_product<true>(padded, ld, ldk, k, ldk, 32, q_pairs + part * ldk / 2 * ld, ld, s, ld);
+    amx_product<false>(padded, ld, ldk, k, ldk, 32, q_pairs, ld, s, ld, parts, ldk / 2 * ld);
     if (visible != nullptr) mask(keys, visible);
     for (std::int64_t i = keys * ld; i < padded * ld; ++i)
       s[i] = -std::numeric_limits<float>::infinity();
