@@ -93,7 +93,7 @@ void forward_amx(const MlaAttentionParams& params, const std::int64_t* first_tas
                     params, s, g, block, FlashAmx::kKeys, tile,
                     [&](std::int64_t at, std::int64_t count, const std::int32_t* visible) {
                       tile.fold(count, visible, keys.keys_at(step + at / 32),
-                                keys.values_at(step + at / 32));
+                                keys.values_at(step + at / 32), [](std::int64_t) {});
                     });
               });
   });

@@ -183,16 +183,21 @@ struct Decode {
       attend_range(begin, end, FlashAmx::kKeys, tile,
                    [&](std::int64_t count, const T* const* latents, std::int64_t coming,
                        const T* const* next, const std::int32_t* visible) {
+                     // Half of the prefetches beside the packing, half beside the scores: at once
+                     // they would fill the queue of misses, and wait.
+                     const auto ahead = [&](std::int64_t at) {
+                       for (std::int64_t j = at; j < at + 32 && j < coming; j += 2)
+                         prefetch(next[j]);
+                     };
                      for (std::int64_t at = 0; at < count; at += 32) {
-                       for (std::int64_t j = at; j < at + 32; ++j) {
-                         if (j < coming) prefetch(next[j]);
+                       ahead(at + 1);
+                       for (std::int64_t j = at; j < at + 32; ++j)
                          copy_padded(j < count ? latents[j] : nullptr, j < count ? depth : 0,
                                      k + j * tile.ldk, tile.ldk);
-                       }
                        transpose_32_rows(tile.ldo, k + at * tile.ldk, tile.ldk,
                                          v_t + at * tile.ldo);
                      }
-                     tile.fold(count, visible, k, v_t);
+                     tile.fold(count, visible, k, v_t, ahead);
                    });
     });
     merge_all();

@@ -92,10 +92,16 @@ struct FlashAmx {
 
   // Folds keys in: k [keys, ldk], v_t of transpose_32_rows, both up to a multiple of 32 keys.
   // visible == nullptr: every row sees all of them.
-  void fold(std::int64_t keys, const std::int32_t* visible, const BFloat16* k,
-            const BFloat16* v_t) {
+  // ahead(j) runs before the scores of keys j to j + 31: room for prefetches.
+  template <typename Ahead>
+  void fold(std::int64_t keys, const std::int32_t* visible, const BFloat16* k, const BFloat16* v_t,
+            const Ahead& ahead) {
     const std::int64_t padded = pad_32(keys);
-    amx_product<false>(padded, ld, ldk, k, ldk, 32, q_pairs, ld, s, ld, parts, ldk / 2 * ld);
+    for (std::int64_t j = 0; j < padded; j += 32) {
+      ahead(j);
+      amx_product<false>(32, ld, ldk, k + j * ldk, ldk, 32, q_pairs, ld, s + j * ld, ld, parts,
+                         ldk / 2 * ld);
+    }
     if (visible != nullptr) mask(keys, visible);
     for (std::int64_t i = keys * ld; i < padded * ld; ++i)
       s[i] = -std::numeric_limits<float>::infinity();
