@@ -34,9 +34,12 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     # The composite rounds the gradient of the logits to 16 bits for its products; eager does not.
     ("fused_kl_div.composite_gradient", torch.bfloat16): 2.0,
     ("fused_kl_div.composite_gradient", torch.float16): 2.0,
+    # lse of absorbed bf16 queries, which enter the matrix unit with 16 bits of mantissa, against
+    # eager's 24: about 6 ulp of fp32.
+    ("mla_decode.lse", torch.bfloat16): 12.0,
     # The backward pass reads o rounded, in sum(dO o) of every row, as FlashAttention does; eager
     # differentiates the unrounded one.  The sharper the softmax, the more of dq that is: two
-    # roundings, the first amplified.
+    # roundings, the first amplified.  The bf16 matrix unit takes P and dS rounded as well.
     ("mla_attention.gradient", torch.bfloat16): 1.8,
     ("mla_attention.gradient", torch.float16): 1.8,
     # dP - sum(dO o) cancels where the softmax is sharp; here the two sums run in different orders,

@@ -3,108 +3,33 @@
 //   forward   one task a (sequence, KV head, row block): flash blocks over the keys
 //   backward  one task a (sequence, KV head): row blocks in order, each over its visible keys;
 //             scores recomputed from lse; then dk_rope summed over KV heads in order
-#include "common/cpu/flash_amx.h"
+#include "mla_attention/mla_attention_cpu.h"
 #include "common/cpu/flash_tile.h"
 #include "common/cpu/parallel.h"
 #include "mla_attention/mla_attention.h"
+#include "mla_attention/mla_attention_cpu_amx.h"
 
 namespace zebra::ZEBRA_ISA {
 namespace {
 
-// One sequence: where it lies, and how its queries see its keys.
-struct Sequence {
-  std::int64_t batch, first;  // row of the batch, first token
-  std::int64_t queries, keys;
-
-  Sequence(const MlaAttentionShape& p, std::int64_t i)
-      : batch(p.cu_seqlens ? 0 : i),
-        first(p.cu_seqlens ? p.cu_seqlens[i] : 0),
-        queries(p.cu_seqlens ? p.cu_seqlens[i + 1] - p.cu_seqlens[i] : p.T),
-        keys(p.cu_seqlens ? queries : p.S) {}
-
-  // Keys that query token t sees: a prefix.
-  std::int64_t seen(const MlaAttentionShape& p, std::int64_t t) const {
-    return p.causal ? keys - queries + t + 1 : keys;
-  }
-};
-
-// Query rows of one KV head in a sequence, in blocks of kFlashRows.
-struct Rows {
-  std::int64_t first, count;
-  std::int64_t heads;  // H / G
-  Rows(const MlaAttentionShape& p, const Sequence& s, std::int64_t block)
-      : first(block * kFlashRows), heads(p.H / p.G) {
-    const std::int64_t left = s.queries * heads - first;
-    count = left < kFlashRows ? left : kFlashRows;
-  }
-  std::int64_t token(std::int64_t r) const { return (first + r) / heads; }
-  std::int64_t head(std::int64_t r, std::int64_t g) const {
-    return g * heads + (first + r) % heads;
-  }
-};
-
-std::int64_t row_blocks(const MlaAttentionShape& p, const Sequence& s) {
-  return ceil_div(s.queries * (p.H / p.G), kFlashRows);
-}
-
-// Where key token j of a KV head lies.
-template <typename T>
-struct Key {
-  const T *nope, *rope, *value;
-  Key(const MlaAttentionShape& p, const Sequence& s, std::int64_t g, std::int64_t j) {
-    const std::int64_t token = s.first + j;
-    nope = static_cast<const T*>(p.kv) + s.batch * p.kv_stride[0] + token * p.kv_stride[1] +
-           g * p.kv_stride[2];
-    rope = static_cast<const T*>(p.k_rope) + s.batch * p.rope_stride[0] + token * p.rope_stride[1];
-    value = nope + p.nope;
-  }
-};
-
-template <typename T>
-const T* query(const MlaAttentionShape& p, const Sequence& s, std::int64_t t, std::int64_t h) {
-  return static_cast<const T*>(p.q) + s.batch * p.q_stride[0] + (s.first + t) * p.q_stride[1] +
-         h * p.q_stride[2];
-}
-
-std::int64_t output_row(const MlaAttentionShape& p, const Sequence& s, std::int64_t t,
-                        std::int64_t h) {
-  return (s.batch * p.T + s.first + t) * p.H + h;
-}
-
-// The mask of a block of keys: nullptr where every row sees all of it.
-const std::int32_t* block_mask(const MlaAttentionShape& p, const Sequence& s, const Rows& rows,
-                               std::int64_t first, std::int64_t count, std::int32_t* visible) {
-  if (s.seen(p, rows.token(0)) >= first + count) return nullptr;
-  for (std::int64_t r = 0; r < rows.count; ++r) {
-    const std::int64_t seen = s.seen(p, rows.token(r)) - first;
-    visible[r] = static_cast<std::int32_t>(seen < 0 ? 0 : seen < count ? seen : count);
-  }
-  return visible;
-}
-
-template <typename T, typename Tile>
+// fold(tile, at, count, visible) folds keys at to at + count in.
+template <typename T, typename Tile, typename Fold>
 void forward_block(const MlaAttentionParams& params, const Sequence& s, std::int64_t g,
-                   std::int64_t block, Tile& tile) {
+                   std::int64_t block, std::int64_t most_keys, Tile& tile, const Fold& fold) {
   using A = Acc<T>;
   const MlaAttentionShape& p = params.in;
   const Rows rows(p, s, block);
   tile.start(rows.count);
   for (std::int64_t r = 0; r < rows.count; ++r)
-    load_column(query<T>(p, s, rows.token(r), rows.head(r, g)), tile.q + r, p.nope + p.E, tile.ld,
-                static_cast<A>(p.scale));
+    tile.load_query(r, query<T>(p, s, rows.token(r), rows.head(r, g)));
   tile.queries_ready();
   const std::int64_t end = s.seen(p, rows.token(rows.count - 1));
-  for (std::int64_t at = 0; at < end; at += kFlashKeys) {
-    const std::int64_t count = end - at < kFlashKeys ? end - at : kFlashKeys;
-    for (std::int64_t j = 0; j < count; ++j) {
-      const Key<T> key(p, s, g, at + j);
-      tile.load_key(j, key.nope, p.nope);
-      tile.load_key(j, key.rope, p.E, p.nope);
-      tile.load_value(j, key.value);
-    }
+  for (std::int64_t at = 0; at < end; at += most_keys) {
+    const std::int64_t count = end - at < most_keys ? end - at : most_keys;
     std::int32_t visible[kFlashRows];
-    tile.fold(count, block_mask(p, s, rows, at, count, visible));
+    fold(at, count, block_mask(p, s, rows, at, count, visible));
   }
+  tile.finish();
   for (std::int64_t r = 0; r < rows.count; ++r) {
     A* const o = tile.o + r * tile.ldo;
     const A inverse = tile.sum[r] == A(0) ? A(0) : A(1) / tile.sum[r];
@@ -115,11 +40,10 @@ void forward_block(const MlaAttentionParams& params, const Sequence& s, std::int
   }
 }
 
-template <typename T, typename Tile>
-void forward_range(const MlaAttentionParams& params, const std::int64_t* first_task,
-                   std::int64_t begin, std::int64_t end) {
-  const MlaAttentionShape& p = params.in;
-  Tile tile(p.nope + p.E, p.v_dim, false);
+// body(i, sequence i, KV head, row block) for the tasks of a range.
+template <typename Body>
+void for_tasks(const MlaAttentionShape& p, const std::int64_t* first_task, std::int64_t begin,
+               std::int64_t end, const Body& body) {
   std::int64_t i = 0;
   for (std::int64_t task = begin; task < end; ++task) {
     while (first_task[i + 1] <= task) ++i;
@@ -127,10 +51,54 @@ void forward_range(const MlaAttentionParams& params, const std::int64_t* first_t
     const std::int64_t blocks = row_blocks(p, s), at = task - first_task[i];
     // Long and short blocks alternate, so that ranges of tasks cost the same.
     const std::int64_t turn = at % blocks;
-    const std::int64_t block = turn % 2 == 0 ? turn / 2 : blocks - 1 - turn / 2;
-    forward_block<T>(params, s, at / blocks, block, tile);
+    body(i, s, at / blocks, turn % 2 == 0 ? turn / 2 : blocks - 1 - turn / 2);
   }
 }
+
+template <typename T>
+void forward_vector(const MlaAttentionParams& params, const std::int64_t* first_task,
+                    std::int64_t tasks) {
+  const MlaAttentionShape& p = params.in;
+  parallel_for(tasks, 1, [&](std::int64_t begin, std::int64_t end) {
+    FlashTile<Acc<T>> tile(p.nope + p.E, p.v_dim, p.scale, false);
+    for_tasks(p, first_task, begin, end,
+              [&](std::int64_t, const Sequence& s, std::int64_t g, std::int64_t block) {
+                forward_block<T>(
+                    params, s, g, block, kFlashKeys, tile,
+                    [&](std::int64_t at, std::int64_t count, const std::int32_t* visible) {
+                      for (std::int64_t j = 0; j < count; ++j) {
+                        const Key<T> key(p, s, g, at + j);
+                        tile.load_key(j, key.nope, p.nope);
+                        tile.load_key(j, key.rope, p.E, p.nope);
+                        tile.load_value(j, key.value);
+                      }
+                      tile.fold(count, visible);
+                    });
+              });
+  });
+}
+
+#ifdef ZEBRA_AMX
+void forward_amx(const MlaAttentionParams& params, const std::int64_t* first_task,
+                 std::int64_t tasks) {
+  const MlaAttentionShape& p = params.in;
+  const PackedKeys keys(p);
+  parallel_for(tasks, 1, [&](std::int64_t begin, std::int64_t end) {
+    const AmxScope scope;
+    FlashAmx tile(p.nope + p.E, p.v_dim, p.scale, 1);
+    for_tasks(p, first_task, begin, end,
+              [&](std::int64_t i, const Sequence& s, std::int64_t g, std::int64_t block) {
+                const std::int64_t step = g * keys.steps + keys.first[i];
+                forward_block<BFloat16>(
+                    params, s, g, block, FlashAmx::kKeys, tile,
+                    [&](std::int64_t at, std::int64_t count, const std::int32_t* visible) {
+                      tile.fold(count, visible, keys.keys_at(step + at / 32),
+                                keys.values_at(step + at / 32), [](std::int64_t) {});
+                    });
+              });
+  });
+}
+#endif
 
 template <typename T>
 void forward(const MlaAttentionParams& params) {
@@ -139,17 +107,15 @@ void forward(const MlaAttentionParams& params) {
   first_task[0] = 0;
   for (std::int64_t i = 0; i < p.sequences; ++i)
     first_task[i + 1] = first_task[i] + p.G * row_blocks(p, Sequence(p, i));
-  parallel_for(first_task[p.sequences], 1, [&](std::int64_t begin, std::int64_t end) {
-#ifdef ZEBRA_FLASH_AMX
-    if constexpr (kIsBFloat16<T>) {
-      if (p.use_amx) {
-        const AmxScope scope;
-        return forward_range<T, FlashAmx>(params, first_task, begin, end);
-      }
-    }
+  const std::int64_t tasks = first_task[p.sequences];
+  bool amx = false;
+#ifdef ZEBRA_AMX
+  if constexpr (kIsBFloat16<T>) {
+    amx = p.use_amx;
+    if (amx) forward_amx(params, first_task, tasks);
+  }
 #endif
-    forward_range<T, FlashTile<Acc<T>>>(params, first_task, begin, end);
-  });
+  if (!amx) forward_vector<T>(params, first_task, tasks);
   delete[] first_task;
 }
 
@@ -195,6 +161,12 @@ struct Gradient {
   Gradient& operator=(const Gradient&) = delete;
   ~Gradient() { delete[] memory; }
 };
+
+// dst[i * ld] = scale * src[i]: a row becomes a column.
+template <typename T, typename A>
+void load_column(const T* src, A* dst, std::int64_t n, std::int64_t ld, A scale) {
+  for (std::int64_t i = 0; i < n; ++i) dst[i * ld] = scale * to_acc(src[i]);
+}
 
 // Loads the queries and output gradients of a row block.
 template <typename T, typename A>
@@ -302,6 +274,17 @@ void backward(const MlaAttentionBackwardParams& params) {
     most = keys > most ? keys : most;
   }
   parallel_for(p.sequences * p.G, 1, [&](std::int64_t begin, std::int64_t end) {
+#ifdef ZEBRA_AMX
+    if constexpr (kIsBFloat16<T>) {
+      if (p.use_amx) {
+        const AmxScope scope;
+        GradientAmx w(params, most);
+        for (std::int64_t task = begin; task < end; ++task)
+          w.head(Sequence(p, task / p.G), task % p.G);
+        return;
+      }
+    }
+#endif
     Gradient<A> w(p, most);
     for (std::int64_t task = begin; task < end; ++task)
       backward_head<T>(params, Sequence(p, task / p.G), task % p.G, w);

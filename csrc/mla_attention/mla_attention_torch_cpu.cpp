@@ -30,8 +30,9 @@ auto mla_attention_backward_op(const Tensor& dout, const OptTensor& dlse, const 
                                const Tensor& lse, double scale, const OptTensor& cu_seqlens,
                                bool causal) {
   return mla_attention_backward_torch(dout, dlse, q, kv, k_rope, o, lse, scale, cu_seqlens, causal,
-                                      [](const Check& check, const MlaAttentionBackwardParams& p) {
+                                      [](const Check& check, MlaAttentionBackwardParams& p) {
                                         check_values(check, p.in);
+                                        p.in.use_amx = cpu_has_amx_bf16();
                                         mla_attention_backward_cpu(p);
                                         return Status{};
                                       });

@@ -48,8 +48,9 @@ def mla_attention(
             the host) where cu_seqlens does not rise from 0 to T.
 
     Numerics:
-        fp32 throughout (fp64 for fp64), one rounding to the output dtype.  Scores are never held
-        whole.  Deterministic, gradients included; on the CPU independent of threads.
+        fp32 throughout (fp64 for fp64), one rounding to the output dtype; on the bf16 matrix unit
+        of a CPU (AMX) probabilities, and the gradients of scores, are rounded to bf16 once.  Scores
+        are never held whole.  Deterministic, gradients included; on the CPU independent of threads.
     """
     return torch.ops.zebra.mla_attention(q, kv, k_rope, scale, cu_seqlens, causal)
 

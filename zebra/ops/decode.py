@@ -57,8 +57,10 @@ def mla_decode(
             block_table entry is out of range (CUDA does not read values on the host).
 
     Numerics:
-        fp32 accuracy throughout (fp64 for fp64), one rounding to the output dtype.  Deterministic;
-        on the CPU independent of threads and of the rest of the batch.  Not differentiable.
+        fp32 accuracy throughout (fp64 for fp64), one rounding to the output dtype; on the bf16
+        matrix unit of a CPU (AMX) probabilities are rounded to bf16 once and absorbed queries to 16
+        bits of mantissa.  Deterministic; on the CPU independent of threads and of the rest of the
+        batch.  Not differentiable.
     """
     return torch.ops.zebra.mla_decode(
         q,

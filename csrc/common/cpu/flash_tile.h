@@ -28,6 +28,7 @@ template <typename A>
 struct FlashTile {
   std::int64_t depth, width;   // of keys, of values
   std::int64_t ldk, ldv, ldo;  // row strides of k, v and o
+  A scale;
   std::int64_t rows = 0, ld = 0;
   A* memory;
   A* q;              // [depth, ld]: queries, scaled and transposed
@@ -37,12 +38,13 @@ struct FlashTile {
   A *max, *sum;      // [ld] of every row
   A *block, *shift;  // [ld] scratch
 
-  FlashTile(std::int64_t depth_, std::int64_t width_, bool latent)
+  FlashTile(std::int64_t depth_, std::int64_t width_, double scale_, bool latent)
       : depth(depth_),
         width(width_),
         ldk(pad_lanes<A>(depth_)),
         ldv(latent ? ldk : pad_lanes<A>(width_)),
-        ldo(pad_lanes<A>(width_)) {
+        ldo(pad_lanes<A>(width_)),
+        scale(static_cast<A>(scale_)) {
     const std::int64_t most = pad_lanes<A>(kFlashRows);
     const std::int64_t total = (depth + kFlashKeys + 4 + ldo) * most + kFlashKeys * (ldk + ldv);
     memory = new A[total];
@@ -61,7 +63,7 @@ struct FlashTile {
   FlashTile& operator=(const FlashTile&) = delete;
   ~FlashTile() { delete[] memory; }
 
-  // Starts a row block; the caller then fills column r < rows of q.
+  // Starts a row block; the caller then loads query r < rows.
   void start(std::int64_t rows_) {
     rows = rows_;
     ld = pad_lanes<A>(rows);
@@ -128,7 +130,11 @@ struct FlashTile {
     }
   }
 
-  // Call it between filling q and the first block.
+  template <typename T>
+  void load_query(std::int64_t r, const T* src) {
+    for (std::int64_t i = 0; i < depth; ++i) q[i * ld + r] = scale * to_acc(src[i]);
+  }
+  // Call it between the queries and the first block.
   void queries_ready() {}
 
   // Columns [at, at + n) of key j, and value j.
@@ -149,16 +155,15 @@ struct FlashTile {
     gemm<true, false>(rows, width, keys, s, ld, v, ldv, o, ldo);
   }
 
+  // Ends a row block: o.
+  void finish() {}
+
+  // Natural logarithm of the unit in which row r of o and sum are kept.
+  A unit(std::int64_t r) const { return max[r]; }
   // log sum exp of row r: -inf where it saw no key.
   A lse(std::int64_t r) const {
     return sum[r] == A(0) ? -std::numeric_limits<A>::infinity() : max[r] + std::log(sum[r]);
   }
 };
-
-// dst[i * ld] = scale * src[i]: a row becomes a column.
-template <typename T, typename A>
-static inline void load_column(const T* src, A* dst, std::int64_t n, std::int64_t ld, A scale) {
-  for (std::int64_t i = 0; i < n; ++i) dst[i * ld] = scale * to_acc(src[i]);
-}
 
 }  // namespace zebra::ZEBRA_ISA

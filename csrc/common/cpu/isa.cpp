@@ -38,6 +38,9 @@ bool detect_amx_bf16() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  // Kernels round to bf16 with AVX512_BF16, which every such processor has unless it is hidden.
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax & kAvx512Bf16) == 0) return false;
   // Linux grants the tile registers to a process on request.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
