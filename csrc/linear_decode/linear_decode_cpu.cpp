@@ -20,10 +20,9 @@ void tile(const T* weight, std::int64_t weight_stride, const Acc<T>* h, std::int
   Vec<A> acc[kOut][kRows] = {};
   const auto multiply = [&](const T* w, std::int64_t stride, std::int64_t k) {
     Vec<A> wide[kOut];
-    for (int i = 0; i < kOut; ++i) load(w + i * stride, wide[i]);
+    for (int i = 0; i < kOut; ++i) wide[i] = load(w + i * stride);
     for (int j = 0; j < kRows; ++j) {
-      Vec<A> x;
-      load(h + j * h_stride + k, x);
+      const Vec<A> x = load(h + j * h_stride + k);
       for (int i = 0; i < kOut; ++i) acc[i][j] += wide[i] * x;
     }
   };
