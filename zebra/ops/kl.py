@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zebra.ops._register import autograd, composite, fake
 
+_KEPT_BYTES = 192 << 20  # kKlKeptBytes of csrc/fused_kl_div
 _COMPOSITE_LOGIT_BYTES = 512 << 20  # fp32 logits of both models that the composite holds at once
 
 
@@ -49,14 +50,26 @@ def fused_kl_div(
         Deterministic.  On CUDA the gradient of the logits is rounded to student_hidden's dtype
         before its matrix products.
     """
+    student = (student_hidden, student_weight)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in student)
     with torch.autocast(student_hidden.device.type, enabled=False):
         return torch.ops.zebra.fused_kl_div(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, temperature
+            *student, teacher_hidden, teacher_weight, temperature, keep
         )[0]
 
 
 def _acc(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _gradient_dtype(student_hidden: Tensor, student_weight: Tensor) -> torch.dtype:
+    """Of the gradient of the logits that the forward pass keeps on the CPU."""
+    both = student_hidden.dtype == student_weight.dtype == torch.bfloat16
+    return torch.bfloat16 if both else _acc(student_hidden)
+
+
+def _no_gradient(student_hidden: Tensor, student_weight: Tensor) -> Tensor:
+    return student_hidden.new_empty(0, dtype=_gradient_dtype(student_hidden, student_weight))
 
 
 @fake("fused_kl_div")
@@ -66,10 +79,17 @@ def _fused_kl_div_fake(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kl = student_hidden.new_empty(student_hidden.size(0), dtype=_acc(student_hidden))
     lse = student_hidden.new_empty(student_hidden.size(0), dtype=torch.float64)
-    return kl, lse, torch.empty_like(lse)
+    if not keep_gradient or student_hidden.is_cuda:
+        return kl, lse, torch.empty_like(lse), _no_gradient(student_hidden, student_weight)
+    V, dtype = student_weight.size(0), _gradient_dtype(student_hidden, student_weight)
+    kept = torch.sym_min(
+        student_hidden.size(0), max(16, _KEPT_BYTES // (V * dtype.itemsize) // 16 * 16)
+    )
+    return kl, lse, torch.empty_like(lse), kl.new_empty(V, (kept + 15) // 16 * 16, dtype=dtype)
 
 
 @fake("fused_kl_div_backward")
@@ -81,6 +101,7 @@ def _fused_kl_div_backward_fake(
     teacher_weight: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    dlogits: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     return (
@@ -111,7 +132,8 @@ def _fused_kl_div_composite(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chunks of tokens, each with its whole rows of logits."""
     M, acc = student_hidden.size(0), _acc(student_hidden)
     kl = student_hidden.new_empty(M, dtype=acc)
@@ -126,7 +148,7 @@ def _fused_kl_div_composite(
             p_t, d = log_t.exp(), log_s - log_t
             near = p_t * (torch.expm1(d.clamp(-1, 1)) - d)
             kl[at] = torch.where(d.abs() < 0.5, near, log_s.exp() - p_t - p_t * d).sum(-1)
-    return kl, lse_s, lse_t
+    return kl, lse_s, lse_t, _no_gradient(student_hidden, student_weight)
 
 
 @composite("fused_kl_div_backward")
@@ -138,6 +160,7 @@ def _fused_kl_div_backward_composite(
     teacher_weight: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    dlogits: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Panels of the vocabulary, each for all tokens: a weight gradient is one product."""
@@ -168,20 +191,20 @@ def _fused_kl_div_backward_composite(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature = inputs
-    _, student_lse, teacher_lse = output
-    ctx.mark_non_differentiable(student_lse, teacher_lse)
+    *tensors, ctx.temperature, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, student_lse, teacher_lse)
+    ctx.save_for_backward(*tensors, *kept)
 
 
 def _backward(ctx: Any, dkl: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dkl is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     dhidden, dweight = torch.ops.zebra.fused_kl_div_backward(
         dkl, *ctx.saved_tensors, ctx.temperature
     )
-    return dhidden, dweight, None, None, None
+    return dhidden, dweight, None, None, None, None
 
 
 autograd("fused_kl_div", _backward, _setup)
