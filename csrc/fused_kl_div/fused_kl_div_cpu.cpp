@@ -1,9 +1,9 @@
 // fused_kl_div on the CPU: one task per slab of the vocabulary, for all tokens of a chunk.
+#include "common/cpu/amx_weight.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/simd.h"
 #include "common/math.h"
 #include "fused_kl_div/fused_kl_div.h"
-#include "fused_kl_div/fused_kl_div_amx.h"
 
 namespace zebra::ZEBRA_ISA {
 namespace {
@@ -83,7 +83,7 @@ template <typename A>
 Slab<A> slab_of(const KlLogits& m, std::int64_t first, std::int64_t n, std::int64_t tokens,
                 A* scratch) {
   A* const kept = m.logits == nullptr ? nullptr : static_cast<A*>(m.logits) + first * m.row_stride;
-#ifdef ZEBRA_KL_AMX
+#ifdef ZEBRA_AMX_WEIGHT
   if constexpr (sizeof(A) == sizeof(float)) {
     if (m.weight != nullptr) {
       A* const c = kept == nullptr ? scratch : kept;
@@ -91,7 +91,9 @@ Slab<A> slab_of(const KlLogits& m, std::int64_t first, std::int64_t n, std::int6
       const std::int64_t tile_stride = kept == nullptr ? kKlSlabRows * 16 : m.tile_stride;
       BFloat16* const block =
           reinterpret_cast<BFloat16*>(scratch + kl_padded_tokens(tokens) * kKlSlabRows);
-      kl_product(m, first, n, tokens, c, row_stride, tile_stride, block);
+      amx_weight_product(static_cast<const BFloat16*>(m.weight) + first * m.weight_stride,
+                         m.weight_stride, n, m.width, m.pairs, tokens, c, row_stride, tile_stride,
+                         block);
       return {c, row_stride, tile_stride};
     }
   }
@@ -102,7 +104,7 @@ Slab<A> slab_of(const KlLogits& m, std::int64_t first, std::int64_t n, std::int6
   return {kept, m.row_stride, m.tile_stride};
 }
 
-// Memory of a thread: logits of a slab of both models, and the block of kl_product().
+// Memory of a thread: logits of a slab of both models, and amx_weight_product()'s block.
 template <typename A>
 struct SlabScratch {
   std::int64_t size;
@@ -135,7 +137,7 @@ void for_slabs(const KlPanel& p, const Body& body) {
         body(first, n, s, t);
       }
     };
-#ifdef ZEBRA_KL_AMX
+#ifdef ZEBRA_AMX_WEIGHT
     if (scratch.size > 0) {
       const AmxScope amx;
       return run();
@@ -248,19 +250,16 @@ void add(const KlAddParams& p) {
 }  // namespace
 
 void fused_kl_div_pack(const KlPack& p) {
-  const std::int64_t steps = ceil_div<std::int64_t>(p.width, 32);
+#ifdef ZEBRA_AMX_WEIGHT
   parallel_for(ceil_div<std::int64_t>(p.tokens, 16), 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t tile = begin; tile < end; ++tile) {
-      std::uint32_t* const out = p.pairs + tile * steps * 256;
-      for (std::int64_t i = 0; i < steps * 256; ++i) out[i] = 0;
-      for (std::int64_t r = 0; r < 16 && tile * 16 + r < p.tokens; ++r) {
-        const BFloat16* const row =
-            static_cast<const BFloat16*>(p.hidden) + (tile * 16 + r) * p.stride;
-        for (std::int64_t i = 0; i < p.width; ++i)
-          out[i / 2 * 16 + r] |= static_cast<std::uint32_t>(row[i].bits) << (i % 2 * 16);
-      }
-    }
+    const std::int64_t tile = amx_packed_size(16, p.width);
+    for (std::int64_t i = begin * tile; i < end * tile; ++i) p.pairs[i] = 0;
+    for (std::int64_t r = begin * 16; r < end * 16 && r < p.tokens; ++r)
+      amx_pack_row(static_cast<const BFloat16*>(p.hidden) + r * p.stride, r, p.width, p.pairs);
   });
+#else
+  static_cast<void>(p);  // called only where the matrix unit is
+#endif
 }
 
 void fused_kl_div_statistics(const KlStatisticsParams& p) {

@@ -3,6 +3,10 @@
 // ATen would round them to bf16.
 #include <torch/csrc/stable/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -68,6 +72,20 @@ Shape check_inputs(const Check& check, const Tensor& student_hidden, const Tenso
 // Elements [first, first + count) of a dimension.
 Tensor narrowed(Tensor t, int64_t dim, int64_t first, int64_t count) {
   return torch::stable::narrow(t, dim, first, count);
+}
+
+// Memory that is about to be written for the first time, in large pages where the system has them:
+// touching it in pages of 4 KiB costs more than the arithmetic whose results it takes.
+Tensor in_large_pages(const Tensor& t) {
+#ifdef __linux__
+  constexpr std::uintptr_t kPage = 4096, kLarge = 2 << 20;
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(t.data_ptr());
+  const std::uintptr_t end = begin + static_cast<std::uintptr_t>(t.numel()) * t.element_size();
+  const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (last >= first + 2 * kLarge)  // advice only: without it everything works as well
+    static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
+#endif
+  return t;
 }
 
 // Elements [0, rows * columns) of a flat workspace as a matrix.
@@ -183,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_kl_div_op(const Tensor& student
   const int64_t kept_bytes = s.kept == ScalarType::BFloat16 ? 2 : s.bytes;
   const int64_t kept =
       keep_gradient ? std::min(s.tokens, kl_rows(kKlKeptBytes, s.vocab * kept_bytes, 16)) : 0;
-  Tensor dlogits =
-      keep_gradient ? empty({s.vocab, kl_padded_tokens(kept)}, s.kept) : empty({0}, s.kept);
+  Tensor dlogits = keep_gradient ? in_large_pages(empty({s.vocab, kl_padded_tokens(kept)}, s.kept))
+                                 : empty({0}, s.kept);
 
   int64_t most = std::min(s.tokens, kKlMostRows);
   if (kept > 0) most = std::min(most, kl_rows(kKlWorkBytes, 2 * s.vocab * s.bytes, 16));
@@ -196,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_kl_div_op(const Tensor& student
   const Tensor nowhere = empty({s.vocab, 0}, s.acc);
   const int64_t padded_vocab = round_up<int64_t>(s.vocab, 32), ld = kl_padded_tokens(most);
   const auto home = [&](bool needed) {
-    return needed ? empty({padded_vocab, ld}, s.acc) : nowhere;
+    return needed ? in_large_pages(empty({padded_vocab, ld}, s.acc)) : nowhere;
   };
   const bool in_place = s.kept == s.acc && !student.amx();
   const Tensor student_home = home(kept > 0 && !in_place), teacher_home = home(kept > 0);
@@ -279,15 +297,15 @@ std::tuple<Tensor, Tensor> fused_kl_div_backward_op(
   Model student(s, student_hidden, student_weight, std::min(recomputed, kKlMostRows));
   Model teacher(s, teacher_hidden, teacher_weight, std::min(recomputed, kKlMostRows));
   const Tensor nowhere = empty({s.vocab, 0}, s.acc);
-  const Tensor gradient = empty({s.vocab * kl_padded_tokens(recomputed)}, s.kept);
+  const Tensor gradient = in_large_pages(empty({s.vocab * kl_padded_tokens(recomputed)}, s.kept));
   const Tensor wide_gradient = empty({s.kept == type ? 0 : panel * kl_padded_tokens(chunk)}, type);
   const Tensor wide_weight = empty({direct ? 0 : panel * Ds}, type);
   const Tensor wide_hidden = empty({chunk * Ds}, type);
-  const Tensor part = empty({std::max(panel, chunk) * Ds}, type);
+  const Tensor part = in_large_pages(empty({std::max(panel, chunk) * Ds}, type));
 
-  Tensor dhidden = empty({s.tokens, Ds}, direct ? type : s.acc);
-  Tensor dweight =
-      empty_like_shape(student_weight, {s.vocab, Ds}, once ? student_weight.scalar_type() : s.acc);
+  Tensor dhidden = in_large_pages(empty({s.tokens, Ds}, direct ? type : s.acc));
+  Tensor dweight = in_large_pages(
+      empty_like_shape(student_weight, {s.vocab, Ds}, once ? student_weight.scalar_type() : s.acc));
   // total = a b, or total += a b.
   const auto accumulate = [&](Tensor total, const Tensor& a, const Tensor& b, bool first) {
     if (first && total.scalar_type() == type) return matmul_into(a, b, total);
