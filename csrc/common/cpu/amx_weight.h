@@ -79,6 +79,22 @@ static inline void amx_weight_product(const BFloat16* weight, std::int64_t weigh
   const std::int64_t all_steps = (width + 31) / 32, tiles = (rows_of_x + 15) / 16;
   const std::int64_t b_stride = all_steps * 256, bytes = weight_stride * 2;
   const std::int64_t lines = (kAmxRows * 2 + tiles - 1) / tiles;  // to prefetch, a step
+  // Two tiles of x: every weight is used once, and the sums stay in registers over the whole width.
+  // What follows in the same rows is fetched ahead.
+  if (tiles <= 2 && width % 32 == 0) {
+    constexpr std::int64_t kAhead = 1024;  // bytes
+    for (; count >= kAmxRows; count -= kAmxRows) {
+      const char* const w = reinterpret_cast<const char*>(weight);
+      if (tiles == 2)
+        amx_weight_tiles<true>(w, bytes, pairs, b_stride, all_steps, w + kAhead, bytes, kAmxRows, c,
+                               row_stride, tile_stride, false);
+      else
+        amx_weight_tiles<false>(w, bytes, pairs, b_stride, all_steps, w + kAhead, bytes, kAmxRows,
+                                c, row_stride, tile_stride, false);
+      weight += kAmxRows * weight_stride;
+      c += kAmxRows * row_stride;
+    }
+  }
   for (std::int64_t k = 0; k < width; k += kAmxDepth) {
     const std::int64_t depth = width - k < kAmxDepth ? width - k : kAmxDepth;
     const std::int64_t steps = (depth + 31) / 32;
