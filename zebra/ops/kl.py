@@ -43,12 +43,14 @@ def fused_kl_div(
     Numerics:
         Logits, softmax and sums in fp32 (fp64 for fp64), also from 16-bit inputs: logits are never
         rounded to 16 bits.  Each term of the sum is p_T (exp(d) - 1 - d), d = log p_S - log p_T, so
-        that small divergences keep their digits and none is negative.  The backward pass computes
-        the logits again.  Memory: 256 MiB of logits on the CPU, 512 MiB and temporaries of that
-        size on CUDA (more only where 16 tokens exceed it); on the CPU beyond 256 MiB of a panel's
-        logits (16 thousand tokens of width 2048) also the gradient of student_weight in fp32.
-        Deterministic.  On CUDA the gradient of the logits is rounded to student_hidden's dtype
-        before its matrix products.
+        that small divergences keep their digits and none is negative.  Memory on the CPU: where a
+        gradient will be asked for, the forward pass keeps up to 192 MiB of the gradient of the
+        logits (the first tokens), in bf16 for a bf16 student, beside 64 MiB of logits; the backward
+        pass computes the logits of further tokens again, in chunks of 64 MiB, with more than one
+        chunk also summing the gradient of student_weight in fp32.  On CUDA: 512 MiB of logits and
+        temporaries of that size, all logits computed again (more only where 16 tokens exceed it).
+        Deterministic.  On CUDA, and for a bf16 student on the CPU, the gradient of the logits is
+        rounded to student_hidden's dtype before its matrix products.
     """
     student = (student_hidden, student_weight)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in student)
