@@ -31,6 +31,9 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     # their errors) and the sum with the residual are rounded too, where eager rounds once.
     ("linear_decode.matmul", torch.bfloat16): 3.0,
     ("linear_decode.matmul", torch.float16): 3.0,
+    # The gradient of the logits is rounded to bf16 for its products, and rows of hidden states or
+    # dhidden once more with dkl: three roundings about as large as that of the result.
+    ("fused_kl_div.gradient", torch.bfloat16): 2.0,
     # The composite rounds the gradient of the logits to 16 bits for its products; eager does not.
     ("fused_kl_div.composite_gradient", torch.bfloat16): 2.0,
     ("fused_kl_div.composite_gradient", torch.float16): 2.0,

@@ -6,21 +6,16 @@
 
 namespace zebra {
 
-constexpr std::int64_t kKlLogitBytes = 256 << 20;  // logits of both models, of one chunk of tokens
-constexpr std::int64_t kKlPanelBytes = 32 << 20;   // a panel of a weight, in fp32
-constexpr std::int64_t kKlMinRows = 16;            // fewer tokens would read the weights too often
+constexpr std::int64_t kKlWorkBytes = 64 << 20;    // logits of a chunk of tokens, whole vocabulary
+constexpr std::int64_t kKlKeptBytes = 192 << 20;   // gradient of logits, from forward to backward
+constexpr std::int64_t kKlPanelBytes = 4 << 20;    // logits of both models multiplied at once
+constexpr std::int64_t kKlWeightBytes = 32 << 20;  // a panel of a weight, in fp32
+constexpr std::int64_t kKlMostRows = 256;          // tokens of a chunk: more do not save time
 
-// Tokens whose logits, `columns` of each model, are held at once: the whole vocabulary forward, one
-// panel backward.
-constexpr std::int64_t kl_chunk_rows(std::int64_t columns, std::int64_t element_bytes) {
-  const std::int64_t rows = kKlLogitBytes / (2 * element_bytes * (columns > 0 ? columns : 1));
-  return rows > kKlMinRows ? rows : kKlMinRows;
-}
-
-// Rows of a weight [vocab, width] that are multiplied at once.
-constexpr std::int64_t kl_panel_rows(std::int64_t width, std::int64_t element_bytes) {
-  const std::int64_t rows = kKlPanelBytes / (element_bytes * (width > 0 ? width : 1));
-  return rows > 256 ? rows / 256 * 256 : 256;
+// Rows of `row_bytes` that fit into `bytes`: a multiple of `step`, at least one step.
+constexpr std::int64_t kl_rows(std::int64_t bytes, std::int64_t row_bytes, std::int64_t step) {
+  const std::int64_t rows = bytes / (row_bytes > 0 ? row_bytes : 1) / step * step;
+  return rows > step ? rows : step;
 }
 
 }  // namespace zebra

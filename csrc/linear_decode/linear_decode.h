@@ -21,6 +21,7 @@ struct LinearDecodeParams {
   DType dtype, norm_weight_dtype;
   bool swiglu;  // y = silu(gate) up: the first and the last `outputs` rows of W and of b
   double norm_eps;
+  bool use_amx = false;  // CPU: multiply in bf16 on the matrix unit
 };
 
 // The two ends of the same operator around a matrix product that is done elsewhere: norm(x) into

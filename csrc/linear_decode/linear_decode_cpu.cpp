@@ -4,6 +4,7 @@
 // The dot product of one weight row and one row of x is always the same sum (lane l takes columns
 // l, l + kLanes, ...; then the lanes pairwise), whatever tile it is computed in: a row of y depends
 // neither on the other rows nor on the number of threads.
+#include "common/cpu/amx_weight.h"
 #include "common/cpu/parallel.h"
 #include "common/cpu/simd.h"
 #include "common/math.h"
@@ -20,10 +21,9 @@ void tile(const T* weight, std::int64_t weight_stride, const Acc<T>* h, std::int
   Vec<A> acc[kOut][kRows] = {};
   const auto multiply = [&](const T* w, std::int64_t stride, std::int64_t k) {
     Vec<A> wide[kOut];
-    for (int i = 0; i < kOut; ++i) load(w + i * stride, wide[i]);
+    for (int i = 0; i < kOut; ++i) wide[i] = load(w + i * stride);
     for (int j = 0; j < kRows; ++j) {
-      Vec<A> x;
-      load(h + j * h_stride + k, x);
+      const Vec<A> x = load(h + j * h_stride + k);
       for (int i = 0; i < kOut; ++i) acc[i][j] += wide[i] * x;
     }
   };
@@ -158,6 +158,56 @@ void forward(const LinearDecodeParams& p) {
   delete[] h;
 }
 
+#ifdef ZEBRA_AMX_WEIGHT
+// More rows, in bf16: h is rounded to bf16, products are summed in fp32 by the matrix unit.
+void forward_amx(const LinearDecodeParams& p) {
+  constexpr std::int64_t kBlock = 4 * kAmxRows;  // outputs of one task
+  const std::int64_t size = amx_packed_size(p.rows, p.K),
+                     padded = round_up<std::int64_t>(p.rows, 16);
+  float* const h = new float[p.rows * p.K + size + 16];
+  normalize<BFloat16>(p, h, p.K);
+  std::uint32_t* const end_of_h = reinterpret_cast<std::uint32_t*>(h + p.rows * p.K);
+  // Aligned: rows of tiles then do not straddle cache lines.
+  std::uint32_t* const pairs =
+      end_of_h + (64 - reinterpret_cast<std::uintptr_t>(end_of_h) % 64) % 64 / 4;
+  for (std::int64_t i = 0; i < size; ++i) pairs[i] = 0;
+  parallel_for(p.rows, 4, [&](std::int64_t begin, std::int64_t end) {
+    BFloat16* const row = new BFloat16[p.K];
+    for (std::int64_t j = begin; j < end; ++j) {
+      store_row(h + j * p.K, row, p.K);
+      amx_pack_row(row, j, p.K, pairs);
+    }
+    delete[] row;
+  });
+  const auto* const weight = static_cast<const BFloat16*>(p.weight);
+  parallel_for(ceil_div(p.outputs, kBlock), 1, [&](std::int64_t begin, std::int64_t end) {
+    const AmxScope amx;
+    float* const memory = new float[(3 * padded + 1) * kBlock + kAmxRows * kAmxDepth / 2 + 16];
+    float* const tiles = memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) % 64 / 4;
+    BFloat16* const scratch = reinterpret_cast<BFloat16*>(tiles + padded * kBlock);
+    float* const product = tiles + padded * kBlock + kAmxRows * kAmxDepth / 2;
+    float *const up = product + padded * kBlock, *const other = up + padded * kBlock;
+    for (std::int64_t block = begin; block < end; ++block) {
+      const std::int64_t first = block * kBlock, left = p.outputs - first;
+      const std::int64_t n = left < kBlock ? left : kBlock;
+      const auto multiply = [&](std::int64_t from, float* out) {
+        amx_weight_product(weight + from * p.weight_stride, p.weight_stride, n, p.K, pairs, p.rows,
+                           tiles, 16, kBlock * 16, scratch);
+        for (std::int64_t j = 0; j < p.rows; ++j)
+          for (std::int64_t i = 0; i < n; ++i)
+            out[j * kBlock + i] = tiles[j / 16 * kBlock * 16 + i * 16 + j % 16];
+      };
+      multiply(first, product);
+      if (p.swiglu) multiply(p.outputs + first, up);
+      for (std::int64_t j = 0; j < p.rows; ++j)
+        finish<BFloat16>(p, j, first, n, product + j * kBlock, up + j * kBlock, other);
+    }
+    delete[] memory;
+  });
+  delete[] h;
+}
+#endif
+
 template <typename T>
 void norm_only(const LinearDecodeEnds& e) {
   using A = Acc<T>;
@@ -185,7 +235,12 @@ void epilogue(const LinearDecodeEnds& e) {
 
 }  // namespace
 
-void linear_decode(const LinearDecodeParams& p) { ZEBRA_DISPATCH_CPU(p.dtype, forward, p); }
+void linear_decode(const LinearDecodeParams& p) {
+#ifdef ZEBRA_AMX_WEIGHT
+  if (p.use_amx) return forward_amx(p);
+#endif
+  ZEBRA_DISPATCH_CPU(p.dtype, forward, p);
+}
 
 void linear_decode_norm(const LinearDecodeEnds& e) { ZEBRA_DISPATCH_CPU(e.p.dtype, norm_only, e); }
 

@@ -101,14 +101,10 @@ void update_rows(S* state, const A* B, const A* C, A decay, const A* dx, A* y, s
   Vec<A> sum[kRows] = {};
   std::int64_t n = 0;
   for (; n + kLanes<A> <= N; n += kLanes<A>) {
-    Vec<A> b, c;
-    load(B + n, b);
-    load(C + n, c);
+    const Vec<A> b = load(B + n), c = load(C + n);
     for (int i = 0; i < kRows; ++i) {
-      Vec<A> v;
-      load(state + i * N + n, v);
-      v = decay * v + dx[i] * b;
-      store(v, state + i * N + n);
+      const Vec<A> v = decay * load(state + i * N + n) + dx[i] * b;
+      store(state + i * N + n, v);
       sum[i] += v * c;
     }
   }

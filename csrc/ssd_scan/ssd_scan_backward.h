@@ -144,9 +144,9 @@ class BackwardWalk {
       }
       const std::int64_t at = i * kSquareRow<A>;
       for (std::int64_t j = 0; j <= i; j += kLanes<A>) {
-        const Vector<A> decay = decays(decay_, i, j);
-        store<A>(L_ + at + j, decay);
-        store<A>(E_ + at + j, decay * load(scores_ + at + j));
+        const Vec<A> decay = decays(decay_, i, j);
+        store(L_ + at + j, decay);
+        store(E_ + at + j, decay * load(scores_ + at + j));
       }
     }
     scale_rows(decay_.d, x_, w_, l_.ldp, rows, l_.P_pad);
@@ -171,7 +171,7 @@ class BackwardWalk {
         const std::int64_t at = i * l_.ldn;
         balance_[i] += static_cast<double>(dot(C_ + at, tmp_ + at, l_.N));
         for (std::int64_t n = at; n < at + l_.N; n += kLanes<A>)
-          store<A>(dC_ + n, load(dC_ + n) + load(tmp_ + n));
+          store(dC_ + n, load(dC_ + n) + load(tmp_ + n));
       }
     }
     multiply<Part::kLower, A>(
@@ -203,7 +203,7 @@ class BackwardWalk {
       xq[j] = dot(x_ + at, q_ + at, P);
       if (in_.D != nullptr) dD += static_cast<double>(dot(x_ + at, dy_ + at, P));
       for (std::int64_t i = at; i < at + P; i += kLanes<A>)
-        store<A>(dx_ + i, load(dx_ + i) + d * load(q_ + i) + skip * load(dy_ + i));
+        store(dx_ + i, load(dx_ + i) + d * load(q_ + i) + skip * load(dy_ + i));
     }
 
     // dB
@@ -255,28 +255,28 @@ class BackwardWalk {
                    (first + i) * in_.z_stride.token + head * in_.z_stride.head,
                z_, P);
       for (std::int64_t c = P; c < l_.P_pad; ++c) y[c] = dy[c] = 0;
-      Vector<A> square{}, product{};
+      Vec<A> square{}, product{};
       for (std::int64_t c = 0; c < P; c += L) {
-        const Vector<A> full = load(y + c) + skip * load(x + c), s = sigmoid_of<A>(load(z_ + c));
-        const Vector<A> u = full * load(z_ + c) * s;
+        const Vec<A> full = load(y + c) + skip * load(x + c), s = sigmoid_of<A>(load(z_ + c));
+        const Vec<A> u = full * load(z_ + c) * s;
         square += u * u;
         product += load(weight_ + c) * load(dy + c) * u;
-        store<A>(y + c, full);
-        store<A>(gate_ + c, s);
+        store(y + c, full);
+        store(gate_ + c, s);
       }
       A rstd = 1, pull = 0;  // du = rstd (w do - u pull)
       if (norm) {
         const A inverse = A(1) / static_cast<A>(P);
-        rstd = A(1) / std::sqrt(sum<A>(square) * inverse + static_cast<A>(in_.norm_eps));
-        pull = sum<A>(product) * inverse * rstd * rstd;
+        rstd = A(1) / std::sqrt(sum_lanes<A>(square) * inverse + static_cast<A>(in_.norm_eps));
+        pull = sum_lanes<A>(product) * inverse * rstd * rstd;
       }
       for (std::int64_t c = 0; c < P; c += L) {
-        const Vector<A> out = load(y + c), z = load(z_ + c), s = load(gate_ + c);
-        const Vector<A> u = out * z * s, grad = load(dy + c);
-        store<A>(dweight_ + c, load(dweight_ + c) + grad * u * rstd);
-        const Vector<A> du = norm ? rstd * (load(weight_ + c) * grad - u * pull) : grad;
-        store<A>(dy + c, du * z * s);
-        store<A>(gate_ + c, du * out * s * (A(1) + z * (A(1) - s)));
+        const Vec<A> out = load(y + c), z = load(z_ + c), s = load(gate_ + c);
+        const Vec<A> u = out * z * s, grad = load(dy + c);
+        store(dweight_ + c, load(dweight_ + c) + grad * u * rstd);
+        const Vec<A> du = norm ? rstd * (load(weight_ + c) * grad - u * pull) : grad;
+        store(dy + c, du * z * s);
+        store(gate_ + c, du * out * s * (A(1) + z * (A(1) - s)));
       }
       store_row(gate_,
                 static_cast<T*>(p_.dz) + ((batch * in_.tokens + first + i) * in_.heads + head) * P,
@@ -362,12 +362,12 @@ class BackwardWalk {
 
   // a . b over n elements.
   static A dot(const A* a, const A* b, std::int64_t n) {
-    Vector<A> total{};
+    Vec<A> total{};
     std::int64_t c = 0;
     for (; c + kLanes<A> <= n; c += kLanes<A>) total += load(a + c) * load(b + c);
     A rest = 0;
     for (; c < n; ++c) rest += a[c] * b[c];
-    return sum<A>(total) + rest;
+    return sum_lanes<A>(total) + rest;
   }
   double state_dot(const A* a, const A* b) const {
     double sum = 0;

@@ -183,9 +183,9 @@ struct Decay {
            p.dt_stride.token, len, raw);
     for (std::int64_t i = len; i < kChunk; ++i) raw[i] = 0;
     for (std::int64_t i = 0; i < kChunk; i += kLanes<A>) {
-      const Vector<A> step = load(raw + i) + bias;
-      store<A>(raw + i, step);
-      store<A>(d + i, p.dt_softplus ? softplus_of<A>(step) : step);
+      const Vec<A> step = load(raw + i) + bias;
+      store(raw + i, step);
+      store(d + i, p.dt_softplus ? softplus_of<A>(step) : step);
     }
     for (std::int64_t i = len; i < kChunk; ++i) d[i] = 0;
     double s[kChunk], sum = 0;
@@ -200,8 +200,8 @@ struct Decay {
       to_end[i] = static_cast<A>(sum - s[i]);
     }
     for (std::int64_t i = 0; i < kChunk; i += kLanes<A>) {
-      store<A>(from_start + i, exp_decay(load(high + i)));
-      store<A>(to_end + i, exp_decay(load(to_end + i)));
+      store(from_start + i, exp_decay(load(high + i)));
+      store(to_end + i, exp_decay(load(to_end + i)));
     }
     whole = from_start[kChunk - 1];
   }
@@ -210,7 +210,7 @@ struct Decay {
 // Of exp(s_i - s_j), the vector at column j; what lies right of the diagonal is not meant to be
 // read.
 template <typename A>
-inline Vector<A> decays(const Decay<A>& decay, std::int64_t i, std::int64_t j) {
+inline Vec<A> decays(const Decay<A>& decay, std::int64_t i, std::int64_t j) {
   return exp_decay((decay.high[i] - load(decay.high + j)) + (decay.low[i] - load(decay.low + j)));
 }
 
@@ -220,7 +220,7 @@ inline void scale_rows(const A* scale, const A* in, A* out, std::int64_t ld, std
                        std::int64_t cols) {
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t c = i * ld; c < i * ld + cols; c += kLanes<A>)
-      store<A>(out + c, scale[i] * load(in + c));
+      store(out + c, scale[i] * load(in + c));
 }
 
 // scores[i][j] = C_i . B_j on and below the diagonal; B_t is B transposed.

@@ -65,7 +65,7 @@ class ForwardWalk {
       if (i < len) prefetch(batch, first + i, head);
       const std::int64_t at = i * kSquareRow<A>;
       for (std::int64_t j = 0; j <= i; j += kLanes<A>)
-        store<A>(E_ + at + j, decays(decay_, i, j) * load(scores_ + at + j));
+        store(E_ + at + j, decays(decay_, i, j) * load(scores_ + at + j));
     }
     scale_rows(decay_.d, x_, w_, l_.ldp, rows, l_.P_pad);
     output_tile(l_, E_, w_, C_, live ? state : nullptr, decay_, rows, y_);
@@ -112,19 +112,19 @@ class ForwardWalk {
                      (first + i) * p_.z_stride.token + head * p_.z_stride.head,
                  z_, P);
       for (std::int64_t c = P; c < l_.P_pad; ++c) y[c] = 0;
-      Vector<A> square{};
+      Vec<A> square{};
       for (std::int64_t c = 0; c < P; c += L) {
-        Vector<A> u = load(y + c);
+        Vec<A> u = load(y + c);
         if (p_.D != nullptr) u += skip * load(x + c);
         if (p_.z != nullptr) u *= load(z + c) * sigmoid_of<A>(load(z + c));
         square += u * u;
-        store<A>(y + c, u);
+        store(y + c, u);
       }
       if (p_.norm_weight != nullptr) {
-        const A mean = sum<A>(square) / static_cast<A>(P);
+        const A mean = sum_lanes<A>(square) / static_cast<A>(P);
         const A rstd = A(1) / std::sqrt(mean + static_cast<A>(p_.norm_eps));
         for (std::int64_t c = 0; c < P; c += L)
-          store<A>(y + c, load(y + c) * load(weight_ + c) * rstd);
+          store(y + c, load(y + c) * load(weight_ + c) * rstd);
       }
       store_row(y, static_cast<T*>(p_.y) + ((batch * p_.tokens + first + i) * p_.heads + head) * P,
                 P);

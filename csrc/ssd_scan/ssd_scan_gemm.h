@@ -38,13 +38,13 @@ inline void micro(Left<A> left, const A* right, std::int64_t ldr, const A* init,
                   std::int64_t ldo, const A* scale, std::int64_t scale_stride, std::int64_t first,
                   std::int64_t depth) {
   constexpr int L = kLanes<A>;
-  Vector<A> acc[kRows][NV];
+  Vec<A> acc[kRows][NV];
   for (int m = 0; m < kRows; ++m)
     for (int v = 0; v < NV; ++v)
       acc[m][v] =
-          scale == nullptr ? Vector<A>{} : scale[m * scale_stride] * load(init + m * ldo + v * L);
+          scale == nullptr ? Vec<A>{} : scale[m * scale_stride] * load(init + m * ldo + v * L);
   const auto step = [&](std::int64_t k, int from, int to) {
-    Vector<A> r[NV];
+    Vec<A> r[NV];
     for (int v = 0; v < NV; ++v) r[v] = load(right + k * ldr + v * L);
     for (int m = 0; m < kRows; ++m) {
       if (m < from || m > to) continue;
@@ -134,13 +134,13 @@ void transpose(const A* in, std::int64_t ldi, A* out, std::int64_t ldo, std::int
   constexpr int L = kLanes<A>;
   for (std::int64_t r0 = 0; r0 < rows; r0 += L)
     for (std::int64_t c0 = 0; c0 < cols; c0 += L) {
-      Vector<A> v[L];
+      Vec<A> v[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) v[i] = load(in + (r0 + i) * ldi + c0);
     // Stage w swaps the off-diagonal halves of every 2w x 2w block.
 #pragma GCC unroll 4
       for (int w = 1; w < L; w *= 2) {
-        Index<A> low, high;
+        VecIndex<A> low, high;
 #pragma GCC unroll 16
         for (int l = 0; l < L; ++l) {
           low[l] = (l & w) ? L + l - w : l;
@@ -149,7 +149,7 @@ void transpose(const A* in, std::int64_t ldi, A* out, std::int64_t ldo, std::int
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
           if (i & w) continue;
-          const Vector<A> a = v[i], b = v[i + w];
+          const Vec<A> a = v[i], b = v[i + w];
           v[i] = __builtin_shuffle(a, b, low);
           v[i + w] = __builtin_shuffle(a, b, high);
         }

@@ -145,6 +145,17 @@ def test_fused_kl_div_crosses_chunks_of_tokens():
     assert relative_error(dweight, halves[0][2].double() + halves[1][2].double()) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kept", [0, 16, 48])
+def test_fused_kl_div_gradient_does_not_depend_on_the_tokens_kept(kept, dtype):
+    """Of 37 tokens the forward pass kept the first 16, all (padded to 48), or none."""
+    args, dkl = make(37, 1100, dtype=dtype), torch.randn(37)
+    _, *lse, dlogits = torch.ops.zebra.fused_kl_div(*args, 2.0, True)
+    some = dlogits[:, :kept].contiguous() if kept else dlogits.new_empty(0)
+    got = torch.ops.zebra.fused_kl_div_backward(dkl, *args, *lse, some, 2.0)
+    check_gradients(got, args, 2.0, dkl, "fused_kl_div.gradient")
+
+
 def test_fused_kl_div_never_holds_the_logits_of_all_tokens():
     """2000 x 40000 logits of both models are 640 MB; the workspace is 256 MiB."""
     script = """

@@ -11,6 +11,7 @@ from torch import Tensor
 from zebra.ops._check import Check, acc_dtype
 from zebra.ops._register import autograd, composite, fake
 
+_KEPT_BYTES = 192 << 20  # kKlKeptBytes of csrc/fused_kl_div
 _COMPOSITE_LOGIT_BYTES = 512 << 20  # fp32 logits of both models that the composite holds at once
 
 
@@ -44,17 +45,31 @@ def fused_kl_div(
     Numerics:
         Logits, softmax and sums in fp32 (fp64 for fp64), also from 16-bit inputs: logits are never
         rounded to 16 bits.  Each term of the sum is p_T (exp(d) - 1 - d), d = log p_S - log p_T, so
-        that small divergences keep their digits and none is negative.  The backward pass computes
-        the logits again.  Memory: 256 MiB of logits on the CPU, 512 MiB and temporaries of that
-        size on CUDA (more only where 16 tokens exceed it); on the CPU beyond 256 MiB of a panel's
-        logits (16 thousand tokens of width 2048) also the gradient of student_weight in fp32.
-        Deterministic.  On CUDA the gradient of the logits is rounded to student_hidden's dtype
-        before its matrix products.
+        that small divergences keep their digits and none is negative.  Memory on the CPU: where a
+        gradient will be asked for, the forward pass keeps up to 192 MiB of the gradient of the
+        logits (the first tokens), in bf16 for a bf16 student, beside 64 MiB of logits; the backward
+        pass computes the logits of further tokens again, in chunks of 64 MiB, with more than one
+        chunk also summing the gradient of student_weight in fp32.  On CUDA: 512 MiB of logits and
+        temporaries of that size, all logits computed again (more only where 16 tokens exceed it).
+        Deterministic.  On CUDA, and for a bf16 student on the CPU, the gradient of the logits is
+        rounded to student_hidden's dtype before its matrix products.
     """
+    student = (student_hidden, student_weight)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in student)
     with torch.autocast(student_hidden.device.type, enabled=False):
         return torch.ops.zebra.fused_kl_div(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, temperature
+            *student, teacher_hidden, teacher_weight, temperature, keep
         )[0]
+
+
+def _gradient_dtype(student_hidden: Tensor, student_weight: Tensor) -> torch.dtype:
+    """Of the gradient of the logits that the forward pass keeps on the CPU."""
+    both = student_hidden.dtype == student_weight.dtype == torch.bfloat16
+    return torch.bfloat16 if both else acc_dtype(student_hidden)
+
+
+def _no_gradient(student_hidden: Tensor, student_weight: Tensor) -> Tensor:
+    return student_hidden.new_empty(0, dtype=_gradient_dtype(student_hidden, student_weight))
 
 
 @fake("fused_kl_div")
@@ -64,10 +79,17 @@ def _fused_kl_div_fake(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kl = student_hidden.new_empty(student_hidden.size(0), dtype=acc_dtype(student_hidden))
     lse = student_hidden.new_empty(student_hidden.size(0), dtype=torch.float64)
-    return kl, lse, torch.empty_like(lse)
+    if not keep_gradient or student_hidden.is_cuda:
+        return kl, lse, torch.empty_like(lse), _no_gradient(student_hidden, student_weight)
+    V, dtype = student_weight.size(0), _gradient_dtype(student_hidden, student_weight)
+    kept = torch.sym_min(
+        student_hidden.size(0), max(16, _KEPT_BYTES // (V * dtype.itemsize) // 16 * 16)
+    )
+    return kl, lse, torch.empty_like(lse), kl.new_empty(V, (kept + 15) // 16 * 16, dtype=dtype)
 
 
 @fake("fused_kl_div_backward")
@@ -79,6 +101,7 @@ def _fused_kl_div_backward_fake(
     teacher_weight: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    dlogits: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     return (
@@ -142,7 +165,8 @@ def _fused_kl_div_composite(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Chunks of tokens, each with its whole rows of logits."""
     _check(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature)
     M, acc = student_hidden.size(0), acc_dtype(student_hidden)
@@ -158,7 +182,7 @@ def _fused_kl_div_composite(
             p_t, d = log_t.exp(), log_s - log_t
             near = p_t * (torch.expm1(d.clamp(-1, 1)) - d)
             kl[at] = torch.where(d.abs() < 0.5, near, log_s.exp() - p_t - p_t * d).sum(-1)
-    return kl, lse_s, lse_t
+    return kl, lse_s, lse_t, _no_gradient(student_hidden, student_weight)
 
 
 @composite("fused_kl_div_backward")
@@ -170,6 +194,7 @@ def _fused_kl_div_backward_composite(
     teacher_weight: Tensor,
     student_lse: Tensor,
     teacher_lse: Tensor,
+    dlogits: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Panels of the vocabulary, each for all tokens: a weight gradient is one product."""
@@ -200,20 +225,20 @@ def _fused_kl_div_backward_composite(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature = inputs
-    _, student_lse, teacher_lse = output
-    ctx.mark_non_differentiable(student_lse, teacher_lse)
+    *tensors, ctx.temperature, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, student_lse, teacher_lse)
+    ctx.save_for_backward(*tensors, *kept)
 
 
 def _backward(ctx: Any, dkl: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dkl is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     dhidden, dweight = torch.ops.zebra.fused_kl_div_backward(
         dkl, *ctx.saved_tensors, ctx.temperature
     )
-    return dhidden, dweight, None, None, None
+    return dhidden, dweight, None, None, None, None
 
 
 autograd("fused_kl_div", _backward, _setup)

@@ -4,23 +4,12 @@
 // falls into: results do not depend on how a caller blocks rows or columns.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "common/cpu/simd.h"
 
 namespace zebra::ZEBRA_ISA {
 
-// Bytes of a vector register, and how many vectors of C a tile holds side by side: AVX-512 has 32
-// registers, the others 16.
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kTileVectors = 2;
-#else
-constexpr int kVectorBytes = 16, kTileVectors = 2;
-#endif
-
-template <typename A>
-constexpr std::int64_t kLanes = kVectorBytes / static_cast<std::int64_t>(sizeof(A));
+// Vectors of C that a tile holds side by side.
+constexpr int kTileVectors = kVecRegisters == 32 ? 4 : 2;
 
 template <typename A>
 static inline std::int64_t pad_lanes(std::int64_t n) {
@@ -36,21 +25,18 @@ template <int MR, int NV, bool kAdd, typename A>
 static inline void tile(std::int64_t K, const A* __restrict a, std::int64_t row_stride,
                         std::int64_t col_stride, const A* __restrict b, std::int64_t ldb,
                         A* __restrict c, std::int64_t ldc) {
-  typedef A Vec __attribute__((vector_size(kVectorBytes)));
-  typedef A Any __attribute__((vector_size(kVectorBytes), aligned(sizeof(A)), may_alias));
-  Vec acc[MR][NV];
+  Vec<A> acc[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n)
-      acc[m][n] = kAdd ? Vec(*reinterpret_cast<const Any*>(c + m * ldc + n * kLanes<A>)) : Vec{};
+    for (int n = 0; n < NV; ++n) acc[m][n] = kAdd ? load(c + m * ldc + n * kLanes<A>) : Vec<A>{};
   const A* row[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) row[m] = a + m * row_stride;
   for (std::int64_t k = 0; k < K; ++k) {
-    Vec bk[NV];
+    Vec<A> bk[NV];
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) bk[n] = *reinterpret_cast<const Any*>(b + n * kLanes<A>);
+    for (int n = 0; n < NV; ++n) bk[n] = load(b + n * kLanes<A>);
     b += ldb;
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
@@ -62,7 +48,7 @@ static inline void tile(std::int64_t K, const A* __restrict a, std::int64_t row_
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) *reinterpret_cast<Any*>(c + m * ldc + n * kLanes<A>) = acc[m][n];
+    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * kLanes<A>, acc[m][n]);
 }
 
 // All rows of one column panel.  kRows / kCols: the stride of A that is 1 at compile time, which
