@@ -73,7 +73,7 @@ def ssd_scan(
         every 64 tokens; one rounding of y.  Results below the smallest normal number become 0.
         The CUDA kernel rounds the operands of its matrix products (decayed scores, decayed x and,
         for reading, the state) to x's dtype; sums and the carried state are fp32.  In float16 a
-        state beyond 65504 then overflows.
+        state beyond 65504 then overflows and decayed scores below 6e-8 are lost.
         Deterministic, the gradients included, and independent of how sequences are packed.  A NaN
         stays in its sequence and reaches later tokens only (on CUDA: the tokens of its chunk of 64
         too).
