@@ -7,6 +7,7 @@
 
 #include "causal_conv1d/causal_conv1d_config.h"
 #include "rms_norm/rms_norm_config.h"
+#include "ssd_scan/ssd_scan_config.h"
 
 namespace py = pybind11;
 
@@ -41,6 +42,16 @@ py::dict causal_conv1d_config(std::int64_t batch, std::int64_t tokens, std::int6
                   py::arg("partials") = c.partials);
 }
 
+py::dict ssd_scan_config(std::int64_t sequences, std::int64_t heads, int head_dim, int state_dim) {
+  if (!zebra::ssd_scan_takes(head_dim) || !zebra::ssd_scan_takes(state_dim))
+    throw py::value_error("zebra: ssd_scan has CUDA tiles for head_dim and state_dim 64 and 128");
+  const zebra::SsdScanConfig c =
+      zebra::select_ssd_scan_config(sequences, heads, head_dim, state_dim);
+  return py::dict(py::arg("threads") = c.threads, py::arg("chunk") = c.chunk,
+                  py::arg("ctas_per_sm") = c.ctas_per_sm, py::arg("smem_bytes") = c.smem_bytes,
+                  py::arg("ctas") = c.ctas);
+}
+
 // select_config("rms_norm", dim=4096, ...): the tile that a launcher would choose, as a dict.
 py::dict select_config(const std::string& op, const py::kwargs& problem) {
   const py::module_ self = py::module_::import("zebra._C");
@@ -61,4 +72,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("_causal_conv1d_config", &causal_conv1d_config, py::arg("batch"), py::arg("tokens"),
         py::arg("channels"), py::arg("element_bytes") = 2, py::arg("aligned") = true,
         py::arg("backward") = false);
+  m.def("_ssd_scan_config", &ssd_scan_config, py::arg("sequences"), py::arg("heads"),
+        py::arg("head_dim"), py::arg("state_dim"));
 }

@@ -32,6 +32,13 @@ STABLE_TORCH_LIBRARY(zebra, m) {
       " Tensor? dt_bias=None, Tensor? norm_weight=None, Tensor? initial_state=None,"
       " Tensor? cu_seqlens=None, bool dt_softplus=True, float norm_eps=1e-05)"
       " -> (Tensor y, Tensor final_state)");
+  // For the CUDA registration of ssd_scan: what its kernels do not take, in PyTorch operations
+  m.def(
+      "_ssd_scan_composite(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+      "Tensor? z=None,"
+      " Tensor? dt_bias=None, Tensor? norm_weight=None, Tensor? initial_state=None,"
+      " Tensor? cu_seqlens=None, bool dt_softplus=True, float norm_eps=1e-05)"
+      " -> (Tensor y, Tensor final_state)");
   m.def(
       "ssd_scan_backward(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B,"
       " Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? norm_weight,"

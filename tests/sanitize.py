@@ -5,6 +5,7 @@ for tool in memcheck racecheck initcheck synccheck; do
 """
 
 import itertools
+import os
 
 import torch
 
@@ -45,8 +46,37 @@ def causal_conv1d() -> None:
                 ops.causal_conv1d_step(token, last.repeat(2, 1, 1), w, b, state_indices=index)
 
 
+def ssd_scan() -> None:
+    packed = torch.tensor([0, 0, 5, 6, 6, 70], dtype=torch.int32, device="cuda")
+    sizes = itertools.product(DTYPES[1:], (64, 128), (64, 128), (False, True), (False, True))
+    for dtype, P, N, is_packed, is_full in sizes:
+        batch, tokens, sequences, H, G = (1, 70, 5, 3, 1) if is_packed else (2, 67, 2, 4, 2)
+
+        def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(shape, dtype=dtype, device="cuda")
+
+        row = randn(batch, tokens, G * (P + N) + 8)  # x and B in place, 16 bytes in
+        x, B = row[..., 8:].split([G * P, G * N], dim=-1)
+        args = {
+            "x": x.unflatten(-1, (G, P)),
+            "dt": randn(batch, tokens, H),
+            "A": -randn(H, dtype=torch.float32).exp(),
+            "B": B.unflatten(-1, (G, N)),
+            "C": randn(batch, tokens, H, N),
+        }
+        if is_full:
+            args["D"], args["dt_bias"] = randn(H), randn(H)
+            args["z"], args["norm_weight"] = randn(batch, tokens, H, P), randn(H * P)
+            args["initial_state"] = randn(sequences, H, P, N, dtype=torch.float32)
+        for portable in ("0", "1"):
+            os.environ["ZEBRA_PORTABLE"] = portable
+            ops.ssd_scan(**args, cu_seqlens=packed if is_packed else None)
+    del os.environ["ZEBRA_PORTABLE"]
+
+
 if __name__ == "__main__":
     rms_norm()
     causal_conv1d()
+    ssd_scan()
     torch.cuda.synchronize()
     print("every kernel ran")

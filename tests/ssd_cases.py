@@ -2,8 +2,13 @@
 
 from typing import Any
 
+import tolerances
 import torch
 from torch import Tensor
+
+from zebra import ops
+from zebra.ops import reference
+from zebra.testing import assert_close, relative_error
 
 NAMES = ["x", "dt", "A", "B", "C", "D", "z", "dt_bias", "norm_weight", "initial_state"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,8 +29,11 @@ def make(
 ) -> dict[str, Any]:
     """Realistic inputs: A in [-16, -1], softplus(dt + dt_bias) around [1e-3, 0.1].
 
-    ``small`` is the dtype of D, dt_bias and norm_weight; ``without`` names absent arguments.
+    ``small`` is the dtype of D, dt_bias and norm_weight; ``without`` names absent arguments.  On
+    CUDA in 16 bit, P and N become the next sizes that its kernels take.
     """
+    if device == "cuda" and dtype.itemsize == 2:
+        P, N = (64 if size <= 64 else 128 for size in (P, N))
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     sequences = batch if cu is None else len(cu) - 1
 
@@ -60,6 +68,21 @@ def doubles(args: dict[str, Any]) -> dict[str, Any]:
         return v.detach().cpu() if v.dtype == torch.int32 else v.detach().double().cpu()
 
     return {k: wide(v) for k, v in args.items()}
+
+
+def check(args: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
+    """Compare ops.ssd_scan with the truth; return its outputs."""
+    y, state = got = ops.ssd_scan(**args, **options)
+    truth = reference.ssd_scan(**doubles(args), **options)
+    eager = reference.ssd_scan(**args, **options)
+    if y.is_cuda and y.dtype.itemsize == 2:
+        factor = tolerances.factor("ssd_scan.matrix_units", y.dtype)
+        assert_close(y, truth[0], eager[0], factor, "y")
+        assert relative_error(state, truth[1]) <= tolerances.SSD_STATE_ERROR[y.dtype]
+        return got
+    for name, g, t, e in zip(("y", "final_state"), got, truth, eager, strict=True):
+        assert_close(g, t, e, tolerances.factor("ssd_scan", g.dtype), name)
+    return got
 
 
 def gradients(fn, args, dy, dstate) -> dict[str, Tensor]:

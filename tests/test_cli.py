@@ -114,6 +114,13 @@ def test_info_without_a_model_names_the_build_and_every_operator(capsys):
     assert all(name in shown for name in zebra.ops.support_matrix())
 
 
+def test_info_says_when_portable_kernels_are_forced(monkeypatch, capsys):
+    monkeypatch.delenv("ZEBRA_PORTABLE", raising=False)
+    assert main(["info"]) == 0 and "ZEBRA_PORTABLE" not in capsys.readouterr().out
+    monkeypatch.setenv("ZEBRA_PORTABLE", "1")
+    assert main(["info"]) == 0 and "ZEBRA_PORTABLE" in capsys.readouterr().out
+
+
 def test_distill_runs_a_recipe_of_both_stages(hybrid, teacher, text, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -1,6 +1,7 @@
 """Names, schemas and docstrings that other people's code relies on."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from zebra import ops
 from zebra.ops import _register
 
 SCHEMA = (Path(__file__).parent.parent / "csrc" / "schema.cpp").read_text()
-DECLARED = re.findall(r'"(\w+)\(Tensor', SCHEMA)
+DECLARED = re.findall(r'"([a-z]\w+)\(Tensor', SCHEMA)
+INTERNAL = re.findall(r'"(_\w+)\(Tensor', SCHEMA)  # what CUDA kernels hand to composites
 
 
 @pytest.mark.parametrize("op", _register.OPERATORS)
@@ -23,7 +25,26 @@ def test_every_operator_is_served_on_every_device(op):
         "cpu": "kernel",
         "cuda": ops.support_matrix()[op]["cuda"],
     }
-    assert ops.support_matrix()[op]["cuda"] in {"kernel", "composite"}
+    assert ops.support_matrix()[op]["cuda"] in {"kernel", "composite", _register.MIXED}
+
+
+def test_the_support_matrix_says_where_the_dtype_decides():
+    """With the CUDA library, ssd_scan has a 16-bit kernel; without it, the composite serves."""
+    code = (
+        "from zebra import _extension, ops; "
+        "print('libzebra_cuda.so' in _extension._loaded, ops.support_matrix()['ssd_scan']['cuda'])"
+    )
+    for load in ("0", "1"):
+        env = os.environ | {"ZEBRA_LOAD_CUDA": load}
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        loaded, _, served = run.stdout.strip().partition(" ")
+        assert served == (_register.MIXED if loaded == "True" else "composite"), run.stderr
+
+
+@pytest.mark.parametrize("op", INTERNAL)
+def test_every_internal_operator_has_its_composite(op):
+    assert _register.has_kernel(op, "CUDA") and not _register.has_kernel(op, "CPU")
+    assert op.removeprefix("_").removesuffix("_composite") in _register.OPERATORS
 
 
 @pytest.mark.parametrize("op", DECLARED)

@@ -58,11 +58,19 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     # The chunked form reaches a state through exp(s_i - s_j) and sums of 64 tokens where eager
     # multiplies token by token; with few channels nothing averages out.
     ("ssd_scan", torch.float32): 8.0,
+    # The operands of the matrix products are rounded too: the decayed scores and, where it is read,
+    # the state, each as large an error as the rounding of y: sqrt(3), with headroom.
+    ("ssd_scan.matrix_units", torch.bfloat16): 2.0,
+    ("ssd_scan.matrix_units", torch.float16): 2.0,
     # The chunked form sums dA over pairs of tokens, eager over tokens.
     ("ssd_scan.gradient", torch.float32): 12.0,
     # Eager sums dweight and dbias in short runs, pairwise; the kernel token after token in a tile.
     ("causal_conv1d.gradient", torch.float32): 8.0,
 }
+
+# Relative error of the fp32 state behind a 16-bit matrix product: its operand, decayed x, is
+# rounded, 1.6e-3 of bfloat16 (eight times less of float16).
+SSD_STATE_ERROR = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
 
 def factor(op: str, dtype: torch.dtype) -> float:

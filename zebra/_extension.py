@@ -1,8 +1,9 @@
 """Load the operator libraries, once, and say what was loaded.
 
 Environment variables read here and nowhere else: ``ZEBRA_LOAD_CUDA=1`` loads the CUDA library into
-a torch without CUDA, so that its registrations can be inspected.  (``ZEBRA_CPU_ISA`` lowers the
-CPU instruction set; the C++ library reads it.)
+a torch without CUDA, so that its registrations can be inspected.  (The C++ libraries read two more:
+``ZEBRA_CPU_ISA`` lowers the CPU instruction set, and ``ZEBRA_PORTABLE=1``, read at every launch,
+makes every GPU take the portable CUDA kernels.)
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def build_info() -> dict[str, Any]:
     info: dict[str, Any] = {"version": __version__, "torch": torch.__version__}
     info["libraries"] = list(_loaded)
     info["cuda_library_built"] = (_LIBRARIES / "libzebra_cuda.so").exists()
+    if os.environ.get("ZEBRA_PORTABLE") == "1":
+        info["ZEBRA_PORTABLE"] = "1: the portable CUDA kernels on every GPU"
     info["bindings"] = module is not None
     if module is not None:
         info.update(module.build_info())

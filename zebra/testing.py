@@ -11,7 +11,8 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
     An all-zero truth is compared absolutely.
     """
-    got, truth = got.detach().double().cpu(), truth.detach().double().cpu()
+    truth = truth.detach().double()  # on its own device: moving a large one takes seconds
+    got = got.detach().double().to(truth.device)
     if got.shape != truth.shape:
         raise ValueError(f"shapes differ: got {list(got.shape)}, truth {list(truth.shape)}")
     same = (got == truth) | (got.isnan() & truth.isnan())  # equal infinities subtract to NaN

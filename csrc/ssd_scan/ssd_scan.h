@@ -7,6 +7,9 @@
 
 #include "common/cpu/isa.h"
 #include "common/dtype.h"
+#include "common/status.h"
+
+struct CUstream_st;
 
 namespace zebra {
 
@@ -65,6 +68,11 @@ constexpr std::int64_t ssd_scan_head_block(std::int64_t heads, std::int64_t x_he
   }
   return 1;
 }
+
+// 16-bit dtypes, P and N of 64 or 128, x, B, C and z in 16-byte units.  `workspace`: device memory
+// of the chosen kernel, or nullptr where it needs none.
+Status ssd_scan_cuda(const SsdScanParams& p, void* workspace, CUstream_st* stream);
+Status ssd_scan_portable(const SsdScanParams& p, CUstream_st* stream);  // every GPU from sm_80 on
 
 }  // namespace zebra
 

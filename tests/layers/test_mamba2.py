@@ -10,7 +10,8 @@ HIDDEN, HEADS, P, N, GROUPS = 48, 4, 32, 16, 2
 
 def make(device: str = "cpu", **options) -> Mamba2Mixer:
     torch.manual_seed(2)
-    layer = Mamba2Mixer(HIDDEN, HEADS, P, N, **({"num_kv_heads": GROUPS} | options))
+    sizes = {"num_heads": HEADS, "head_dim": P, "state_size": N, "num_kv_heads": GROUPS}
+    layer = Mamba2Mixer(HIDDEN, **(sizes | options))
     torch.nn.init.uniform_(layer.norm.weight, 0.5, 1.5)
     torch.nn.init.uniform_(layer.dt_bias, -2, 1)
     torch.nn.init.uniform_(layer.D, 0.5, 1.5)
@@ -94,7 +95,8 @@ def test_every_weight_gets_a_gradient(device: str) -> None:
 
 
 def test_autocast_keeps_the_state_in_fp32(device: str) -> None:
-    layer, hidden = make(device), torch.randn(2, 9, HIDDEN, device=device)
+    layer = make(device, head_dim=64, state_size=64)  # sizes of the 16-bit CUDA kernel
+    hidden = torch.randn(2, 9, HIDDEN, device=device)
     with torch.autocast(device, torch.bfloat16):
         out, conv, ssm = layer(hidden)
     assert (out.dtype, conv.dtype, ssm.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)

@@ -97,6 +97,8 @@ class Mamba2Mixer(nn.Module):
         )
         H, G, P, N = self.num_heads, self.num_kv_heads, self.head_dim, self.state_size
         x, B, C = xbc.split([G * P, G * N, H * N], dim=-1)
+        if z.is_cuda and H % 8 != 0:  # rows that the CUDA kernel cannot read in 16-byte units
+            z = z.contiguous()
         y, ssm_state = ops.ssd_scan(
             x.unflatten(-1, (G, P)),
             dt,

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 _CPU, _CUDA = "CPU", "CUDA"
-_composites: set[str] = set()
+_composites: set[str] = set()  # operators that composites serve on CUDA
+_mixed: set[str] = set()  # operators with a CUDA kernel for 16 bit and a composite for float32
 _composite_library = torch.library.Library("zebra", "IMPL")
+
+MIXED = "kernel (bfloat16, float16); composite (float32)"
 
 # The public operators, in the order of the support matrix (csrc/schema.cpp declares them).
 OPERATORS = (
@@ -47,13 +50,25 @@ def has_kernel(name: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"zebra::{name}", key))
 
 
-def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate the eager form of an operator: it serves CUDA tensors until a kernel exists."""
+def composite(
+    name: str, beside_kernel: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the eager form of an operator: it serves CUDA tensors until a kernel exists.
+
+    Args:
+        name: the operator.
+        beside_kernel: an internal operator of the same schema, through which a CUDA kernel for
+            16-bit tensors hands float32 ones to the composite; None: the kernel takes both.
+    """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if beside_kernel is not None:
+            _composite_library.impl(beside_kernel, fn, _CUDA)
         if not has_kernel(name, _CUDA):
             _composite_library.impl(name, fn, _CUDA)
             _composites.add(name)
+        elif beside_kernel is not None:
+            _mixed.add(name)
         return fn
 
     return register
@@ -75,13 +90,16 @@ def support_matrix() -> dict[str, dict[str, str]]:
     """What serves each operator: ``{"rms_norm": {"cpu": "kernel", "cuda": "kernel"}, ...}``.
 
     Values: "kernel" (compiled C++ or CUDA), "composite" (eager PyTorch operations under the
-    operator's name), "none".  Where the CUDA library was not built or loaded, kernels that it
-    holds are reported as the composite that serves instead.
+    operator's name), "kernel (bfloat16, float16); composite (float32)" where the dtype decides,
+    "none".  Where the CUDA library was not built or loaded, kernels that it holds are reported as
+    the composite that serves instead.
     """
 
     def served(name: str, key: str) -> str:
         if key == _CUDA and name in _composites:
             return "composite"
+        if key == _CUDA and name in _mixed:
+            return MIXED
         return "kernel" if has_kernel(name, key) else "none"
 
     return {name: {"cpu": served(name, _CPU), "cuda": served(name, _CUDA)} for name in OPERATORS}

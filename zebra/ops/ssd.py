@@ -38,11 +38,15 @@ def ssd_scan(
         with norm_weight: w * u / sqrt(mean_P(u^2) + eps), per head   (Dao and Gu 2024, eq. 1 and 2)
 
     Heads are shared in order: head h reads x[:, :, h // (H / Gx)], and likewise B and C.  H is a
-    multiple of each of Gx, Gb and Gc; the repeated tensors are never formed on the CPU.
+    multiple of each of Gx, Gb and Gc; the kernels never form the repeated tensors.
+
+    On CUDA, bfloat16 and float16 run in a kernel for P and N of 64 or 128 each; float32, of any P
+    and N, and all gradients are composites of PyTorch operations.
 
     Args:
         x: [B, T, Gx, P] float32, bfloat16 or float16 (float64 on the CPU).  x, dt, B, C and z may
-            be views with any strides whose last dimension is contiguous.
+            be views with any strides whose last dimension is contiguous; the CUDA kernel also needs
+            x, B, C and z 16-byte aligned, their strides multiples of 8.
         dt: [B, T, H] of x's dtype or float32, the step before bias and softplus.
         A: [H] float32 (float64 with float64 x), <= 0.
         B: [B, T, Gb, N] like x.
@@ -61,15 +65,19 @@ def ssd_scan(
         y [B, T, H, P] of x's dtype and the states after each sequence, like initial_state.
 
     Raises:
-        RuntimeError: on a wrong shape, dtype or device; on the CPU also where A > 0 or where
-            cu_seqlens does not rise from 0 to T.
+        RuntimeError: on a wrong shape, dtype or device, or where the CUDA kernel does not take P, N
+            or an alignment; on the CPU also where A > 0 or where cu_seqlens does not rise from 0
+            to T.
 
     Numerics:
         Products and states in fp32 (fp64 for fp64), decays as exp of non-positive sums that restart
         every 64 tokens; one rounding of y.  Results below the smallest normal number become 0.
+        The CUDA kernel rounds the operands of its matrix products (decayed scores, decayed x and,
+        for reading, the state) to x's dtype; sums and the carried state are fp32.  In float16 a
+        state beyond 65504 then overflows and decayed scores below 6e-8 are lost.
         Deterministic, the gradients included, and independent of how sequences are packed.  A NaN
-        stays in its sequence and reaches later tokens only (the CUDA composite: the tokens of its
-        chunk of 64 too).
+        stays in its sequence and reaches later tokens only (on CUDA: the tokens of its chunk of 64
+        too).
     """
     y, state = torch.ops.zebra.ssd_scan(
         x, dt, A, B, C, D, z, dt_bias, norm_weight, initial_state, cu_seqlens, dt_softplus, norm_eps
@@ -300,7 +308,7 @@ def _chunked_scan(
     return reference.gated_norm(y, z, norm_weight, norm_eps).to(x.dtype), state
 
 
-@composite("ssd_scan")
+@composite("ssd_scan", beside_kernel="_ssd_scan_composite")
 def _ssd_scan_composite(
     x: Tensor,
     dt: Tensor,
