@@ -8,8 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CSRC = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
-PACKAGE = list((ROOT / "zebra").rglob("*.py"))
-PYTHON = [*PACKAGE, ROOT / "zebra_cli.py"]  # the command lies above all layers
+PYTHON = list((ROOT / "zebra").rglob("*.py"))
 ALL = [*CSRC, *PYTHON]
 
 # A layer may import from itself and from those before it.
@@ -19,6 +18,7 @@ LAYERS = (
     ("layers", "cache"),
     ("models",),
     ("init", "data", "distill", "engine", "evaluate", "report", "demo"),
+    ("cli", "__main__"),
 )
 # transformers is heavy and moves fast: only these may import it at module level.
 TRANSFORMERS = ("zebra/models/", "zebra/init/convert.py", "zebra/demo", "zebra/cache.py")
@@ -90,7 +90,7 @@ def layer(module: str) -> int | None:
     return next((i for i, names in enumerate(LAYERS) if module in names), None)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
+@pytest.mark.parametrize("path", PYTHON, ids=name)
 def test_python_layers_import_only_downwards(path):
     part = path.relative_to(ROOT / "zebra").parts[0].removesuffix(".py")
     if part == "__init__":
@@ -107,6 +107,12 @@ def test_python_layers_import_only_downwards(path):
 def test_transformers_is_imported_where_models_are(path):
     top = [m for m, at_top in imports(path) if m.startswith("transformers") and at_top]
     assert not top or name(path).startswith(TRANSFORMERS), top
+
+
+def test_command_imports_nothing_heavy_at_its_top():
+    top = [module for module, at_top in imports(ROOT / "zebra/cli.py") if at_top]
+    assert not [m for m in top if m.startswith(("torch", "transformers"))]
+    assert [m for m in top if m.startswith("zebra.")] == ["zebra._version.__version__"]
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name)

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from zebra import demo as module
+from zebra.cli import main
 from zebra.demo import QUICK, demo
-from zebra_cli import main
 
 WANTED = (
     "teacher_bpb",

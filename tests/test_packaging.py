@@ -66,7 +66,7 @@ def test_wheel_builds_offline_and_without_nvcc(tree, tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert "-py3-none-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"zebra/_lib/libzebra_cpu.so", "zebra/py.typed", "zebra_cli.py"} <= set(names)
+    assert "zebra/_lib/libzebra_cpu.so" in names and "zebra/py.typed" in names
     assert not [n for n in names if n.startswith(("csrc/", "tests/", "benchmarks/"))]
 
     site = tmp_path / "site"

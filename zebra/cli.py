@@ -1,19 +1,19 @@
 """The command ``zebra``: build facts, conversion, distillation, evaluation, generation, the demo.
 
-It lies beside the package, whose import takes seconds (torch, transformers); imports are inside the
-functions, and only the chosen command's flags are built: ``zebra --help`` answers at once.
+Heavy imports are inside the functions, and only the chosen command's flags are built.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import runpy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from zebra._version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -46,8 +46,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zebra", description="Turn a Llama checkpoint into a distilled MLA + Mamba2 hybrid."
     )
-    version = runpy.run_path(str(Path(__file__).with_name("zebra") / "_version.py"))["__version__"]
-    parser.add_argument("--version", action="version", version=f"zebra {version}")
+    parser.add_argument("--version", action="version", version=f"zebra {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help)
