@@ -93,7 +93,7 @@ STABLE_TORCH_LIBRARY(zebra, m) {
   // KL(teacher || student) of every token from hidden states and output weights
   m.def(
       "fused_kl_div(Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden,"
-      " Tensor teacher_weight, float temperature=1.0, bool keep_gradient=False)"
+      " Tensor teacher_weight, float temperature=1.0, int kept_tokens=0)"
       " -> (Tensor kl, Tensor student_lse, Tensor teacher_lse, Tensor dlogits)");
   m.def(
       "fused_kl_div_backward(Tensor dkl, Tensor student_hidden, Tensor student_weight,"

@@ -7,7 +7,6 @@
 namespace zebra {
 
 constexpr std::int64_t kKlWorkBytes = 64 << 20;    // logits of a chunk of tokens, whole vocabulary
-constexpr std::int64_t kKlKeptBytes = 192 << 20;   // gradient of logits, from forward to backward
 constexpr std::int64_t kKlPanelBytes = 4 << 20;    // logits of both models multiplied at once
 constexpr std::int64_t kKlWeightBytes = 32 << 20;  // a panel of a weight, in fp32
 constexpr std::int64_t kKlMostRows = 256;          // tokens of a chunk: more do not save time

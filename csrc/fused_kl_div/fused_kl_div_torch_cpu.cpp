@@ -184,25 +184,23 @@ void for_panels(const Shape& s, double temperature, Model& student, Model& teach
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fused_kl_div_op(const Tensor& student_hidden,
-                                                           const Tensor& student_weight,
-                                                           const Tensor& teacher_hidden,
-                                                           const Tensor& teacher_weight,
-                                                           double temperature, bool keep_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_kl_div_op(
+    const Tensor& student_hidden, const Tensor& student_weight, const Tensor& teacher_hidden,
+    const Tensor& teacher_weight, double temperature, int64_t kept_tokens) {
   const Check check("fused_kl_div");
   const Shape s = check_inputs(check, student_hidden, student_weight, teacher_hidden,
                                teacher_weight, temperature);
+  check.that(kept_tokens >= 0, "kept_tokens", kept_tokens, "0 or more");
   const auto empty = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return empty_like_shape(student_hidden, shape, dtype);
   };
   Tensor kl = empty({s.tokens}, s.acc);
   Tensor student_lse = empty({s.tokens}, ScalarType::Double);
   Tensor teacher_lse = empty({s.tokens}, ScalarType::Double);
-  const int64_t kept_bytes = s.kept == ScalarType::BFloat16 ? 2 : s.bytes;
-  const int64_t kept =
-      keep_gradient ? std::min(s.tokens, kl_rows(kKlKeptBytes, s.vocab * kept_bytes, 16)) : 0;
-  Tensor dlogits = keep_gradient ? in_large_pages(empty({s.vocab, kl_padded_tokens(kept)}, s.kept))
-                                 : empty({0}, s.kept);
+  const int64_t kept = std::min(s.tokens, kl_padded_tokens(kept_tokens));
+  Tensor dlogits = kept_tokens > 0
+                       ? in_large_pages(empty({s.vocab, kl_padded_tokens(kept)}, s.kept))
+                       : empty({0}, s.kept);
 
   int64_t most = std::min(s.tokens, kKlMostRows);
   if (kept > 0) most = std::min(most, kl_rows(kKlWorkBytes, 2 * s.vocab * s.bytes, 16));

@@ -146,13 +146,13 @@ def test_fused_kl_div_crosses_chunks_of_tokens():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kept", [0, 16, 48])
-def test_fused_kl_div_gradient_does_not_depend_on_the_tokens_kept(kept, dtype):
-    """Of 37 tokens the forward pass kept the first 16, all (padded to 48), or none."""
+@pytest.mark.parametrize(("asked", "kept"), [(0, None), (5, 16), (1000, 48)])
+def test_fused_kl_div_gradient_does_not_depend_on_the_tokens_kept(asked, kept, dtype):
+    """Of 37 tokens the forward pass keeps none, the first 16, or all; in whole tiles of 16."""
     args, dkl = make(37, 1100, dtype=dtype), torch.randn(37)
-    _, *lse, dlogits = torch.ops.zebra.fused_kl_div(*args, 2.0, True)
-    some = dlogits[:, :kept].contiguous() if kept else dlogits.new_empty(0)
-    got = torch.ops.zebra.fused_kl_div_backward(dkl, *args, *lse, some, 2.0)
+    _, *lse, dlogits = torch.ops.zebra.fused_kl_div(*args, 2.0, asked)
+    assert dlogits.shape == ((1100, kept) if asked else (0,))
+    got = torch.ops.zebra.fused_kl_div_backward(dkl, *args, *lse, dlogits, 2.0)
     check_gradients(got, args, 2.0, dkl, "fused_kl_div.gradient")
 
 
@@ -289,7 +289,9 @@ def test_fused_kl_div_keeps_nan_in_its_token(device):
 def test_fused_kl_div_passes_opcheck(device):
     args = make(device=device)
     args[0].requires_grad_(), args[1].requires_grad_()
-    torch.library.opcheck(torch.ops.zebra.fused_kl_div.default, (*args, 1.5))
+    for kept_tokens in (0, 3):
+        op_args = (*args, 1.5, kept_tokens)
+        torch.library.opcheck(torch.ops.zebra.fused_kl_div.default, op_args)
     args = [t.detach() for t in args]
     lse = torch.ops.zebra.fused_kl_div(*args, 1.5)[1:]
     dkl = torch.randn(5, device=device)
@@ -380,3 +382,9 @@ def test_fused_kl_div_rejects_float64_beside_other_dtypes_on_the_cpu():
     args = [make()[0].double(), *make()[1:]]
     message = "zebra::fused_kl_div: student_weight must be float64 like student_hidden, got"
     assert_rejected(message, ops.fused_kl_div, _fused_kl_div_composite, *args)
+
+
+def test_fused_kl_div_rejects_a_negative_number_of_tokens_to_keep():
+    message = "zebra::fused_kl_div: kept_tokens must be 0 or more, got -1"
+    op = torch.ops.zebra.fused_kl_div
+    assert_rejected(message, op, _fused_kl_div_composite, *make(), 1.0, -1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from zebra.ops._check import Check, acc_dtype
 from zebra.ops._register import autograd, composite, fake
 
-_KEPT_BYTES = 192 << 20  # kKlKeptBytes of csrc/fused_kl_div
+_KEPT_BYTES = 192 << 20  # gradient of the logits that the CPU keeps from forward to backward
 _COMPOSITE_LOGIT_BYTES = 512 << 20  # fp32 logits of both models that the composite holds at once
 
 
@@ -55,10 +55,12 @@ def fused_kl_div(
         rounded to student_hidden's dtype before its matrix products.
     """
     student = (student_hidden, student_weight)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in student)
+    kept_tokens = 0
+    if torch.is_grad_enabled() and any(t.requires_grad for t in student):
+        kept_tokens = _kept_tokens(*student)
     with torch.autocast(student_hidden.device.type, enabled=False):
         return torch.ops.zebra.fused_kl_div(
-            *student, teacher_hidden, teacher_weight, temperature, keep
+            *student, teacher_hidden, teacher_weight, temperature, kept_tokens
         )[0]
 
 
@@ -66,6 +68,14 @@ def _gradient_dtype(student_hidden: Tensor, student_weight: Tensor) -> torch.dty
     """Of the gradient of the logits that the forward pass keeps on the CPU."""
     both = student_hidden.dtype == student_weight.dtype == torch.bfloat16
     return torch.bfloat16 if both else acc_dtype(student_hidden)
+
+
+def _kept_tokens(student_hidden: Tensor, student_weight: Tensor) -> int:
+    """How many tokens' gradient of the logits is kept for the backward pass."""
+    if not student_hidden.is_cpu or student_weight.dim() == 0:
+        return 0
+    row = _gradient_dtype(student_hidden, student_weight).itemsize * max(1, student_weight.size(0))
+    return max(16, _KEPT_BYTES // row // 16 * 16)
 
 
 def _no_gradient(student_hidden: Tensor, student_weight: Tensor) -> Tensor:
@@ -79,17 +89,16 @@ def _fused_kl_div_fake(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     temperature: float = 1.0,
-    keep_gradient: bool = False,
+    kept_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kl = student_hidden.new_empty(student_hidden.size(0), dtype=acc_dtype(student_hidden))
     lse = student_hidden.new_empty(student_hidden.size(0), dtype=torch.float64)
-    if not keep_gradient or student_hidden.is_cuda:
+    if kept_tokens == 0 or student_hidden.is_cuda:
         return kl, lse, torch.empty_like(lse), _no_gradient(student_hidden, student_weight)
-    V, dtype = student_weight.size(0), _gradient_dtype(student_hidden, student_weight)
-    kept = torch.sym_min(
-        student_hidden.size(0), max(16, _KEPT_BYTES // (V * dtype.itemsize) // 16 * 16)
-    )
-    return kl, lse, torch.empty_like(lse), kl.new_empty(V, (kept + 15) // 16 * 16, dtype=dtype)
+    kept = (torch.sym_min(student_hidden.size(0), kept_tokens) + 15) // 16 * 16
+    dtype = _gradient_dtype(student_hidden, student_weight)
+    dlogits = kl.new_empty(student_weight.size(0), kept, dtype=dtype)
+    return kl, lse, torch.empty_like(lse), dlogits
 
 
 @fake("fused_kl_div_backward")
@@ -165,10 +174,11 @@ def _fused_kl_div_composite(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     temperature: float = 1.0,
-    keep_gradient: bool = False,
+    kept_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Chunks of tokens, each with its whole rows of logits."""
+    """Chunks of tokens, each with its whole rows of logits; keeps no gradient."""
     _check(student_hidden, student_weight, teacher_hidden, teacher_weight, temperature)
+    Check("fused_kl_div").that(kept_tokens >= 0, "kept_tokens", kept_tokens, "0 or more")
     M, acc = student_hidden.size(0), acc_dtype(student_hidden)
     kl = student_hidden.new_empty(M, dtype=acc)
     lse_s = student_hidden.new_empty(M, dtype=torch.float64)
