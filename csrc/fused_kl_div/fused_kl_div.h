@@ -28,7 +28,7 @@ struct KlLogits {
   std::int64_t row_stride;  // of the vocabulary
   std::int64_t tile_stride;
   const void* weight;          // nullptr, or bf16 [vocab, width], row stride weight_stride
-  const std::uint32_t* pairs;  // the hidden states from fused_kl_div_pack()
+  const std::uint32_t* pairs;  // the hidden states from fused_kl_div_pack
   std::int64_t width, weight_stride;
 };
 
@@ -44,13 +44,10 @@ struct KlPanel {
 struct KlPack {
   const void* hidden;
   std::int64_t stride, tokens, width;
-  std::uint32_t* pairs;  // [kl_pack_size(tokens, width)]
+  std::uint32_t* pairs;  // [amx_packed_size(tokens, width)]
 };
 
 constexpr std::int64_t kl_padded_tokens(std::int64_t tokens) { return (tokens + 15) / 16 * 16; }
-constexpr std::int64_t kl_pack_size(std::int64_t tokens, std::int64_t width) {
-  return kl_padded_tokens(tokens) * ((width + 31) / 32 * 16);
-}
 
 constexpr std::int64_t kKlSlabRows = 512;
 constexpr int kKlStatistics = 6;  // largest student and teacher logit / temperature, S, T, A, B

@@ -83,7 +83,7 @@ template <typename A>
 Slab<A> slab_of(const KlLogits& m, std::int64_t first, std::int64_t n, std::int64_t tokens,
                 A* scratch) {
   A* const kept = m.logits == nullptr ? nullptr : static_cast<A*>(m.logits) + first * m.row_stride;
-#ifdef ZEBRA_AMX_WEIGHT
+#ifdef ZEBRA_AMX
   if constexpr (sizeof(A) == sizeof(float)) {
     if (m.weight != nullptr) {
       A* const c = kept == nullptr ? scratch : kept;
@@ -104,6 +104,12 @@ Slab<A> slab_of(const KlLogits& m, std::int64_t first, std::int64_t n, std::int6
   return {kept, m.row_stride, m.tile_stride};
 }
 
+#ifdef ZEBRA_AMX
+constexpr std::int64_t kBlockFloats = kAmxRows * kAmxDepth / 2;
+#else
+constexpr std::int64_t kBlockFloats = 0;
+#endif
+
 // Memory of a thread: logits of a slab of both models, and amx_weight_product()'s block.
 template <typename A>
 struct SlabScratch {
@@ -113,7 +119,7 @@ struct SlabScratch {
   explicit SlabScratch(const KlPanel& p)
       : size(p.student.weight == nullptr && p.teacher.weight == nullptr
                  ? 0
-                 : kl_padded_tokens(p.tokens) * kKlSlabRows + 32 * 512 / 2) {
+                 : kl_padded_tokens(p.tokens) * kKlSlabRows + kBlockFloats) {
     if (size == 0) return;
     memory = new A[2 * size + 16];
     student = memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) % 64 / sizeof(A);
@@ -137,7 +143,7 @@ void for_slabs(const KlPanel& p, const Body& body) {
         body(first, n, s, t);
       }
     };
-#ifdef ZEBRA_AMX_WEIGHT
+#ifdef ZEBRA_AMX
     if (scratch.size > 0) {
       const AmxScope amx;
       return run();
@@ -250,12 +256,18 @@ void add(const KlAddParams& p) {
 }  // namespace
 
 void fused_kl_div_pack(const KlPack& p) {
-#ifdef ZEBRA_AMX_WEIGHT
+#ifdef ZEBRA_AMX
   parallel_for(ceil_div<std::int64_t>(p.tokens, 16), 1, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t tile = amx_packed_size(16, p.width);
-    for (std::int64_t i = begin * tile; i < end * tile; ++i) p.pairs[i] = 0;
-    for (std::int64_t r = begin * 16; r < end * 16 && r < p.tokens; ++r)
-      amx_pack_row(static_cast<const BFloat16*>(p.hidden) + r * p.stride, r, p.width, p.pairs);
+    const std::int64_t ld = pad_32(p.width);
+    Aligned<BFloat16> rows(16 * ld);
+    for (std::int64_t i = begin; i < end; ++i) {
+      for (std::int64_t r = 0; r < 16; ++r) {
+        const std::int64_t token = i * 16 + r;
+        copy_padded(static_cast<const BFloat16*>(p.hidden) + token * p.stride,
+                    token < p.tokens ? p.width : 0, rows + r * ld, ld);
+      }
+      amx_pack_tile(rows, p.width, p.pairs + i * amx_packed_size(16, p.width));
+    }
   });
 #else
   static_cast<void>(p);  // called only where the matrix unit is

@@ -119,8 +119,8 @@ class Model {
              weight.stride(1) == 1),
         panel_(std::min(s.vocab, std::min(kl_rows(kKlPanelBytes / 2, chunk * s.bytes, kKlSlabRows),
                                           kl_rows(kKlWeightBytes, width_ * s.bytes, kKlSlabRows)))),
-        wide_(
-            empty_like_shape(hidden, {amx_ ? kl_pack_size(chunk, width_) : chunk * width_}, s.acc)),
+        wide_(empty_like_shape(hidden, {amx_ ? amx_packed_size(chunk, width_) : chunk * width_},
+                               s.acc)),
         wide_weight_(empty_like_shape(
             hidden, {weight.scalar_type() == s.acc || amx_ ? 0 : panel_ * width_}, s.acc)) {}
 

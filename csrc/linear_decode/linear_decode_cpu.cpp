@@ -158,35 +158,31 @@ void forward(const LinearDecodeParams& p) {
   delete[] h;
 }
 
-#ifdef ZEBRA_AMX_WEIGHT
+#ifdef ZEBRA_AMX
 // More rows, in bf16: h is rounded to bf16, products are summed in fp32 by the matrix unit.
 void forward_amx(const LinearDecodeParams& p) {
   constexpr std::int64_t kBlock = 4 * kAmxRows;  // outputs of one task
-  const std::int64_t size = amx_packed_size(p.rows, p.K),
-                     padded = round_up<std::int64_t>(p.rows, 16);
-  float* const h = new float[p.rows * p.K + size + 16];
+  const std::int64_t padded = round_up<std::int64_t>(p.rows, 16), ld = pad_32(p.K);
+  Aligned<float> h(p.rows * p.K);
+  Aligned<std::uint32_t> pairs(amx_packed_size(p.rows, p.K));
   normalize<BFloat16>(p, h, p.K);
-  std::uint32_t* const end_of_h = reinterpret_cast<std::uint32_t*>(h + p.rows * p.K);
-  // Aligned: rows of tiles then do not straddle cache lines.
-  std::uint32_t* const pairs =
-      end_of_h + (64 - reinterpret_cast<std::uintptr_t>(end_of_h) % 64) % 64 / 4;
-  for (std::int64_t i = 0; i < size; ++i) pairs[i] = 0;
-  parallel_for(p.rows, 4, [&](std::int64_t begin, std::int64_t end) {
-    BFloat16* const row = new BFloat16[p.K];
-    for (std::int64_t j = begin; j < end; ++j) {
-      store_row(h + j * p.K, row, p.K);
-      amx_pack_row(row, j, p.K, pairs);
+  parallel_for(padded / 16, 1, [&](std::int64_t begin, std::int64_t end) {
+    Aligned<BFloat16> rows(16 * ld);
+    for (std::int64_t i = begin; i < end; ++i) {
+      for (std::int64_t r = 0; r < 16; ++r) {
+        const std::int64_t n = i * 16 + r < p.rows ? p.K : 0;
+        if (n > 0) store_row(h + (i * 16 + r) * p.K, rows + r * ld, n);
+        copy_padded(nullptr, 0, rows + r * ld + n, ld - n);
+      }
+      amx_pack_tile(rows, p.K, pairs + i * amx_packed_size(16, p.K));
     }
-    delete[] row;
   });
   const auto* const weight = static_cast<const BFloat16*>(p.weight);
   parallel_for(ceil_div(p.outputs, kBlock), 1, [&](std::int64_t begin, std::int64_t end) {
     const AmxScope amx;
-    float* const memory = new float[(3 * padded + 1) * kBlock + kAmxRows * kAmxDepth / 2 + 16];
-    float* const tiles = memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) % 64 / 4;
-    BFloat16* const scratch = reinterpret_cast<BFloat16*>(tiles + padded * kBlock);
-    float* const product = tiles + padded * kBlock + kAmxRows * kAmxDepth / 2;
-    float *const up = product + padded * kBlock, *const other = up + padded * kBlock;
+    Aligned<float> tiles(padded * kBlock), product(padded * kBlock), up(padded * kBlock);
+    Aligned<float> other(kBlock);
+    Aligned<BFloat16> scratch(kAmxRows * kAmxDepth);
     for (std::int64_t block = begin; block < end; ++block) {
       const std::int64_t first = block * kBlock, left = p.outputs - first;
       const std::int64_t n = left < kBlock ? left : kBlock;
@@ -202,9 +198,7 @@ void forward_amx(const LinearDecodeParams& p) {
       for (std::int64_t j = 0; j < p.rows; ++j)
         finish<BFloat16>(p, j, first, n, product + j * kBlock, up + j * kBlock, other);
     }
-    delete[] memory;
   });
-  delete[] h;
 }
 #endif
 
@@ -236,7 +230,7 @@ void epilogue(const LinearDecodeEnds& e) {
 }  // namespace
 
 void linear_decode(const LinearDecodeParams& p) {
-#ifdef ZEBRA_AMX_WEIGHT
+#ifdef ZEBRA_AMX
   if (p.use_amx) return forward_amx(p);
 #endif
   ZEBRA_DISPATCH_CPU(p.dtype, forward, p);

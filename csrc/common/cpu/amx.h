@@ -59,10 +59,55 @@ struct AmxScope {
 // C += A B
 #define ZEBRA_TILE_DP(C, A, B) asm volatile("tdpbf16ps %tmm" #B ", %tmm" #A ", %tmm" #C)
 
+// A product of 2 x 2 tiles, or 2 x 1 where kTwo is false: tiles_begin, tiles_step for every 32
+// columns of A, tiles_end.  4 loads feed 4 products, which the loads then keep up with.
+// C: rows at ldc, its second column of tiles at c1.
+template <bool kTwo>
+ZEBRA_INLINE void tiles_begin(const float* c, const float* c1, std::int64_t ldc, bool add) {
+  if (add) {
+    ZEBRA_TILE_LOAD(0, c, ldc * 4);
+    ZEBRA_TILE_LOAD(1, c + 16 * ldc, ldc * 4);
+    if constexpr (kTwo) {
+      ZEBRA_TILE_LOAD(2, c1, ldc * 4);
+      ZEBRA_TILE_LOAD(3, c1 + 16 * ldc, ldc * 4);
+    }
+  } else {
+    ZEBRA_TILE_ZERO(0);
+    ZEBRA_TILE_ZERO(1);
+    if constexpr (kTwo) {
+      ZEBRA_TILE_ZERO(2);
+      ZEBRA_TILE_ZERO(3);
+    }
+  }
+}
+// A: rows at lda; B: pairs at ldb, its second tile at b1.
+template <bool kTwo>
+ZEBRA_INLINE void tiles_step(const BFloat16* a, std::int64_t lda, const std::uint32_t* b,
+                             const std::uint32_t* b1, std::int64_t ldb) {
+  ZEBRA_TILE_LOAD(4, a, lda * 2);
+  ZEBRA_TILE_LOAD(6, b, ldb * 4);
+  ZEBRA_TILE_DP(0, 4, 6);
+  ZEBRA_TILE_LOAD(5, a + 16 * lda, lda * 2);
+  ZEBRA_TILE_DP(1, 5, 6);
+  if constexpr (kTwo) {
+    ZEBRA_TILE_LOAD(7, b1, ldb * 4);
+    ZEBRA_TILE_DP(2, 4, 7);
+    ZEBRA_TILE_DP(3, 5, 7);
+  }
+}
+template <bool kTwo>
+ZEBRA_INLINE void tiles_end(float* c, float* c1, std::int64_t ldc) {
+  ZEBRA_TILE_STORE(0, c, ldc * 4);
+  ZEBRA_TILE_STORE(1, c + 16 * ldc, ldc * 4);
+  if constexpr (kTwo) {
+    ZEBRA_TILE_STORE(2, c1, ldc * 4);
+    ZEBRA_TILE_STORE(3, c1 + 16 * ldc, ldc * 4);
+  }
+}
+
 // C[M, N] = (kAdd: +=) A[M, K] B[K, N].  A: rows at lda; columns 32 i to 32 i + 31 at i a_step
 // (32 where A is an ordinary matrix).  b: pairs [K / 2, ldb]; B may be the sum of several such
-// parts, at b + i part_stride.  2 x 2 tiles at a time: 4 loads feed
-// 4 products, which the loads then keep up with.
+// parts, at b + i part_stride.
 template <bool kAdd>
 static inline void amx_product(std::int64_t M, std::int64_t N, std::int64_t K, const BFloat16* a,
                                std::int64_t lda, std::int64_t a_step, const std::uint32_t* b,
@@ -71,35 +116,14 @@ static inline void amx_product(std::int64_t M, std::int64_t N, std::int64_t K, c
   for (std::int64_t m = 0; m < M; m += 32) {
     for (std::int64_t n = 0; n < N; n += 32) {
       float* const at = c + m * ldc + n;
-      if constexpr (kAdd) {
-        ZEBRA_TILE_LOAD(0, at, ldc * 4);
-        ZEBRA_TILE_LOAD(1, at + 16, ldc * 4);
-        ZEBRA_TILE_LOAD(2, at + 16 * ldc, ldc * 4);
-        ZEBRA_TILE_LOAD(3, at + 16 * ldc + 16, ldc * 4);
-      } else {
-        ZEBRA_TILE_ZERO(0);
-        ZEBRA_TILE_ZERO(1);
-        ZEBRA_TILE_ZERO(2);
-        ZEBRA_TILE_ZERO(3);
-      }
+      tiles_begin<true>(at, at + 16, ldc, kAdd);
       for (std::int64_t part = 0; part < parts; ++part) {
         const BFloat16* am = a + m * lda;
         const std::uint32_t* bn = b + part * part_stride + n;
-        for (std::int64_t k = 0; k < K; k += 32, am += a_step, bn += 16 * ldb) {
-          ZEBRA_TILE_LOAD(4, am, lda * 2);
-          ZEBRA_TILE_LOAD(6, bn, ldb * 4);
-          ZEBRA_TILE_DP(0, 4, 6);
-          ZEBRA_TILE_LOAD(7, bn + 16, ldb * 4);
-          ZEBRA_TILE_DP(1, 4, 7);
-          ZEBRA_TILE_LOAD(5, am + 16 * lda, lda * 2);
-          ZEBRA_TILE_DP(2, 5, 6);
-          ZEBRA_TILE_DP(3, 5, 7);
-        }
+        for (std::int64_t k = 0; k < K; k += 32, am += a_step, bn += 16 * ldb)
+          tiles_step<true>(am, lda, bn, bn + 16, ldb);
       }
-      ZEBRA_TILE_STORE(0, at, ldc * 4);
-      ZEBRA_TILE_STORE(1, at + 16, ldc * 4);
-      ZEBRA_TILE_STORE(2, at + 16 * ldc, ldc * 4);
-      ZEBRA_TILE_STORE(3, at + 16 * ldc + 16, ldc * 4);
+      tiles_end<true>(at, at + 16, ldc);
     }
   }
 }
@@ -197,15 +221,13 @@ static inline void copy_padded(const BFloat16* src, std::int64_t n, BFloat16* ds
 
 typedef float Float16 __attribute__((vector_size(64), may_alias));
 
-#define ZEBRA_AMX_INLINE __attribute__((always_inline)) static inline
-
 // Of 2^f in [-1/2, 1/2], minimax in the relative error with 2^0 exact.
 constexpr float kExp2[6] = {
     1.0f, 6.931469776e-1f, 2.402224208e-1f, 5.550733744e-2f, 9.671512665e-3f, 1.326472684e-3f};
 
 // 2^x to about 1 ulp for x <= 126; 0 below -126; NaN stays NaN.  The maskz forms of intrinsics:
 // gcc 12 warns of an uninitialised value inside the plain ones.
-ZEBRA_AMX_INLINE void exp2_lanes(const Float16& x, __mmask16 keep, Float16& out) {
+ZEBRA_INLINE void exp2_lanes(const Float16& x, __mmask16 keep, Float16& out) {
   const Float16 least = Float16{} - 126.0f;
   const __mmask16 some = keep & _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
   const Float16 n = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
@@ -219,14 +241,14 @@ ZEBRA_AMX_INLINE void exp2_lanes(const Float16& x, __mmask16 keep, Float16& out)
 }
 
 // The 32 values of low and high rounded to bf16, low first.
-ZEBRA_AMX_INLINE __m512i round_lanes(const Float16& low, const Float16& high) {
+ZEBRA_INLINE __m512i round_lanes(const Float16& low, const Float16& high) {
   __m512i out;
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(out) : "v"(low), "v"(high));
   return out;
 }
 
 // One row of pairs: even and odd rounded to bf16 and interleaved.
-ZEBRA_AMX_INLINE void store_pairs(const Float16& even, const Float16& odd, std::uint32_t* dst) {
+ZEBRA_INLINE void store_pairs(const Float16& even, const Float16& odd, std::uint32_t* dst) {
   const __m512i index = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i both = round_lanes(even, odd);

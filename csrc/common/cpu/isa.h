@@ -6,6 +6,8 @@
 // machine without it.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__x86_64__)
 #define ZEBRA_HAS_X86_ISAS 1
 #endif
@@ -21,6 +23,12 @@ const char* cpu_isa_name();
 // Whether kernels of x86-64-v4 may also use the bf16 matrix unit (AMX): the machine has it, the
 // system lets this process use it, and ZEBRA_CPU_ISA is not set.
 bool cpu_has_amx_bf16();
+
+// Dwords of rows of bf16 as that unit takes them: tiles of 16 rows, each [pairs of columns, 16]
+// with the columns padded to whole steps of 32.
+constexpr std::int64_t amx_packed_size(std::int64_t rows, std::int64_t width) {
+  return (rows + 15) / 16 * ((width + 31) / 32) * 256;
+}
 
 }  // namespace zebra
 

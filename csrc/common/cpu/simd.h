@@ -37,8 +37,6 @@ using VecIndex = typename VecOf<A>::index;  // integers of the same width; masks
 template <typename A>
 constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(A));
 
-#define ZEBRA_INLINE __attribute__((always_inline)) static inline
-
 ZEBRA_INLINE Vec<float> load(const float* src) {
   Vec<float> v;
   std::memcpy(&v, src, sizeof v);

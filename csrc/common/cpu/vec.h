@@ -11,6 +11,9 @@
 
 #include "common/dtype.h"
 
+// Also where the compiler would rather call: registers stay registers.
+#define ZEBRA_INLINE __attribute__((always_inline)) static inline
+
 namespace zebra::ZEBRA_ISA {
 
 struct BFloat16 {
