@@ -181,6 +181,21 @@ class Check {
          "contiguous within a slot, with slots at least ", slot, " elements apart");
   }
 
+  // Rows [pages, page, width] that are written in place, each contiguous; none shares memory with
+  // another, in whichever order pages and rows lie.
+  void separate_rows(const char* argument, const Tensor& t) const {
+    last_dim_contiguous(argument, t);
+    int64_t need = t.size(2);  // elements from the first to the last of what is counted so far
+    bool ok = true;
+    const bool pages_first = t.stride(0) < t.stride(1);
+    for (const int64_t d : {pages_first ? 0 : 1, pages_first ? 1 : 0}) {
+      if (t.size(d) <= 1) continue;
+      ok = ok && t.stride(d) >= need;
+      need += (t.size(d) - 1) * t.stride(d);
+    }
+    that(t.numel() == 0 || ok, argument, t, "of rows that do not overlap");
+  }
+
   // The bounds of the sequences packed in x [1, T, ...]: [n_seq + 1] int32 beside x; returns n_seq.
   // `legend` is x's shape then.  The values are checked by the operators, where they can be read.
   int64_t cu_seqlens(const Tensor& cu, const Tensor& x, const char* x_name,

@@ -78,4 +78,25 @@ inline MlaProjectDims mla_project_dims(const Check& check, const MlaProjectInput
   return d;
 }
 
+// The cache of mla_project_append, and where its rows go: contiguous.  On the CPU the values are
+// checked too.
+inline Tensor check_append(const Check& check, const MlaProjectInputs& in, const MlaProjectDims& d,
+                           const Tensor& cache, const Tensor& slot_mapping) {
+  check.like("cache", cache, in.hidden, "hidden");
+  check.shape("cache", cache, {-1, -1, d.R + d.E}, "[pages, page, R + E]");
+  check.separate_rows("cache", cache);
+  check.dtype("slot_mapping", slot_mapping, ScalarType::Long);
+  check.same_device("slot_mapping", slot_mapping, in.hidden);
+  check.shape("slot_mapping", slot_mapping, {d.B, d.T}, "[B, T]");
+  const Tensor slots = torch::stable::contiguous(slot_mapping);
+  const int64_t rows = cache.size(0) * cache.size(1);
+  const int64_t* const slot = static_cast<const int64_t*>(slots.data_ptr());
+  for (int64_t t = 0; slots.is_cpu() && t < d.tokens; ++t)
+    check.that(slot[t] < rows, "slot_mapping",
+               std::to_string(slot[t]) + " at [" + std::to_string(t / d.T) + ", " +
+                   std::to_string(t % d.T) + "]",
+               "negative (not stored) or at most pages * page - 1 = ", rows - 1);
+  return slots;
+}
+
 }  // namespace zebra

@@ -79,22 +79,11 @@ std::tuple<Tensor, Tensor> project(const Check& check, const MlaProjectInputs& i
   p.rope = rope_table(check, in, d, positions);
   Tensor slots = positions;
   if (cache != nullptr) {
-    check.like("cache", *cache, in.hidden, "hidden");
-    check.shape("cache", *cache, {-1, -1, d.R + d.E}, "[pages, page, R + E]");
-    check.last_dim_contiguous("cache", *cache);
-    check.dtype("slot_mapping", *slot_mapping, ScalarType::Long);
-    check.same_device("slot_mapping", *slot_mapping, in.hidden);
-    check.shape("slot_mapping", *slot_mapping, {d.B, d.T}, "[B, T]");
-    slots = contiguous(*slot_mapping);
+    slots = check_append(check, in, d, *cache, *slot_mapping);
     p.cache = cache->data_ptr();
     p.slot_mapping = static_cast<const int64_t*>(slots.data_ptr());
     p.pages = cache->size(0), p.page = cache->size(1);
     p.page_stride = cache->stride(0), p.row_stride = cache->stride(1);
-    for (int64_t t = 0; t < d.tokens; ++t)
-      check.that(p.slot_mapping[t] < p.pages * p.page, "slot_mapping",
-                 std::to_string(p.slot_mapping[t]) + " at [" + std::to_string(t / d.T) + ", " +
-                     std::to_string(t % d.T) + "]",
-                 "negative (not stored) or at most pages * page - 1 = ", p.pages * p.page - 1);
   }
   const Tensor x = view(contiguous(in.hidden), {d.tokens, d.D});
   const Tensor c_q = in.q_a_weight ? matmul(x, transposed(*in.q_a_weight)) : x;

@@ -157,8 +157,6 @@ def refusal(call, args):
     return None
 
 
-# Both take a cache whose pages overlap; PyTorch warns where it writes to one.
-@pytest.mark.filterwarnings("ignore:Use of index_put_ on expanded tensors")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o[0].__name__)
 def test_composite_refuses_what_the_operator_refuses(operator, dtype):

@@ -273,6 +273,17 @@ def test_mla_project_append_writes_its_slots_and_nothing_else(slots, dtype, appe
 
 
 @pytest.mark.parametrize("append", APPENDS)
+def test_mla_project_append_takes_pages_that_lie_between_each_other(append, device):
+    """The rows of all pages by offset: apart in memory, though a page's stride is the smaller."""
+    args = with_cache(make(DIMS["odd"], torch.float32, device, (2, 3)), [31, 9, 8, 16, 0, 7])
+    plain = args["cache"].clone()
+    append(**args | {"cache": plain})
+    mixed = args["cache"].transpose(0, 1).contiguous().transpose(0, 1)
+    append(**args | {"cache": mixed})
+    assert torch.equal(mixed.nan_to_num(1e3), plain.nan_to_num(1e3))
+
+
+@pytest.mark.parametrize("append", APPENDS)
 def test_mla_project_append_without_tokens_writes_nothing(append):
     args = with_cache(make(DIMS["odd"], torch.float32, "cpu", (0, 3)), [])
     q, latent = append(**args)
@@ -460,6 +471,18 @@ REJECTED_APPENDS = {
         r"cache must be \[pages, page, R \+ E\] = \[any, any, 13\], got \[4, 8, 12\]",
     ),
     "cache_dtype": ({"cache": lambda t: t.half()}, "cache must be float32 like hidden"),
+    "pages_overlap": (
+        {"cache": lambda t: t[:1].expand(4, -1, -1)},
+        r"cache must be of rows that do not overlap, got \[4, 8, 13\] .* strides \[0, 16, 1\]",
+    ),
+    "rows_overlap": (
+        {"cache": lambda t: t.as_strided(t.shape, (104, 12, 1))},
+        "cache must be of rows that do not overlap",
+    ),
+    "pages_touch": (
+        {"cache": lambda t: t.as_strided(t.shape, (103, 13, 1))},
+        "cache must be of rows that do not overlap",
+    ),
     "slots_dtype": ({"slot_mapping": lambda t: t.int()}, "slot_mapping must be int64"),
     "slots_shape": ({"slot_mapping": lambda t: t[:1]}, r"slot_mapping must be \[B, T\] = \[2, 3\]"),
 }

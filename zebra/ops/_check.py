@@ -99,6 +99,17 @@ class Check:
         legend = "contiguous within a slot, with slots at least "
         self.that(ok, argument, t, legend, slot, " elements apart")
 
+    def separate_rows(self, argument: str, t: Tensor) -> None:
+        """Rows [pages, page, width], each contiguous, none overlapping another."""
+        self.last_dim_contiguous(argument, t)
+        need = t.size(2)  # elements from the first to the last of what is counted so far
+        ok = True
+        for stride, size in sorted(zip(t.stride()[:2], t.shape[:2], strict=True)):
+            if size > 1:
+                ok = ok and stride >= need
+                need += (size - 1) * stride
+        self.that(t.numel() == 0 or ok, argument, t, "of rows that do not overlap")
+
     def cu_seqlens(self, cu: Tensor, x: Tensor, x_name: str, x_legend: str) -> int:
         """Bounds of the sequences packed in x [1, T, ...]; returns how many there are."""
         self.shape("cu_seqlens", cu, (-1,), "[n_seq + 1]")

@@ -103,7 +103,8 @@ def mla_project_append(
         sin: see there.
         positions: see there.
         num_heads: see there.
-        cache: [pages, page, R + E] like hidden, changed in place; pages and rows may be strided.
+        cache: [pages, page, R + E] like hidden, changed in place; pages and rows may be strided,
+            but may not overlap.
         slot_mapping: [B, T] int64: page index * page + offset; negative where a token is not
             stored (padding).  Slots are distinct.
         q_a_norm_weight: see there.
@@ -380,7 +381,7 @@ def _mla_project_append_composite(
     inputs.check(check)
     check.like("cache", cache, hidden, "hidden")
     check.shape("cache", cache, (-1, -1, kv_a_weight.size(0)), "[pages, page, R + E]")
-    check.last_dim_contiguous("cache", cache)
+    check.separate_rows("cache", cache)
     check.dtype("slot_mapping", slot_mapping, torch.int64)
     check.same_device("slot_mapping", slot_mapping, hidden)
     check.shape("slot_mapping", slot_mapping, tuple(hidden.shape[:2]), "[B, T]")
