@@ -197,7 +197,8 @@ class Check {
   }
 
   // The bounds of the sequences packed in x [1, T, ...]: [n_seq + 1] int32 beside x; returns n_seq.
-  // `legend` is x's shape then.  The values are checked by the operators, where they can be read.
+  // `legend` is x's shape then.  The values are checked on the CPU only; a GPU's kernels stay in
+  // bounds whatever they are.
   int64_t cu_seqlens(const Tensor& cu, const Tensor& x, const char* x_name,
                      const char* legend) const {
     shape("cu_seqlens", cu, {-1}, "[n_seq + 1]");
@@ -208,6 +209,13 @@ class Check {
     const int64_t sequences = cu.size(0) - 1, tokens = x.size(1);
     that(sequences >= 1 || (sequences == 0 && tokens == 0), "cu_seqlens", cu,
          "[n_seq + 1] with T = ", tokens, " tokens in at least one sequence");
+    const int32_t* const bound = static_cast<const int32_t*>(cu.data_ptr());
+    for (int64_t i = 0; cu.is_cpu() && i <= sequences; ++i) {
+      const bool ok = (i == 0 ? bound[i] == 0 : bound[i] >= bound[i - 1]) &&
+                      (i < sequences || bound[i] == tokens);
+      that(ok, "cu_seqlens", std::to_string(bound[i]) + " at index " + std::to_string(i),
+           "non-decreasing from 0 to T = ", tokens);
+    }
     return sequences;
   }
 

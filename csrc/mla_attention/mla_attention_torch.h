@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> mla_attention_torch(const Tensor& q, const Tensor& kv
   Tensor o = torch::stable::new_empty(q, {p.in.B, p.in.T, p.in.H, p.in.v_dim});
   Tensor lse = torch::stable::new_empty(q, {p.in.B, p.in.T, p.in.H}, acc_dtype(q));
   p.o = o.data_ptr(), p.lse = lse.data_ptr();
-  check.status(launch(check, p));
+  check.status(launch(p));
   return {o, lse};
 }
 
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> mla_attention_backward_torch(
   p.o = o_rows.data_ptr(), p.lse = lse_rows.data_ptr(), p.dout = dout_rows.data_ptr();
   p.dq = dq.data_ptr(), p.dkv = dkv.data_ptr(), p.dk_rope = dk_rope.data_ptr();
   p.partial = partial.data_ptr();
-  check.status(launch(check, p));
+  check.status(launch(p));
   return {dq, dkv, dk_rope};
 }
 

@@ -48,23 +48,13 @@ inline std::string element(const char* name, int64_t i, double value) {
 }
 
 // Values can be read without a synchronisation on the CPU only.
-inline void check_values(const Check& check, const Tensor& A, const OptTensor& cu_seqlens,
-                         int64_t tokens) {
+inline void check_rates(const Check& check, const Tensor& A) {
   const bool wide = A.scalar_type() == ScalarType::Double;
   for (int64_t h = 0; h < A.size(0); ++h) {
     const double rate = wide ? static_cast<const double*>(A.data_ptr())[h]
                              : static_cast<const float*>(A.data_ptr())[h];
     check.that(!(rate > 0), "A", element("A", h, rate), "<= 0 (a decay rate) for every head");
   }
-  if (!cu_seqlens) return;
-  const int32_t* const cu = static_cast<const int32_t*>(cu_seqlens->data_ptr());
-  const int64_t last = cu_seqlens->size(0) - 1;
-  check.that(cu[0] == 0, "cu_seqlens", element("cu_seqlens", 0, cu[0]), "0 at its start");
-  for (int64_t i = 1; i <= last; ++i)
-    check.that(cu[i] >= cu[i - 1], "cu_seqlens", element("cu_seqlens", i, cu[i]),
-               "non-decreasing, at least ", cu[i - 1], " there");
-  check.that(cu[last] == tokens, "cu_seqlens", element("cu_seqlens", last, cu[last]),
-             "T = ", tokens, " at its end");
 }
 
 }  // namespace ssd_scan_detail
@@ -123,7 +113,7 @@ inline SsdScanParams ssd_scan_inputs(const Check& check, const SsdScanInputs& in
     state = torch::stable::contiguous(s);
     p.initial_state = state.data_ptr();
   }
-  if (x.is_cpu()) check_values(check, A, in.cu_seqlens, p.tokens);
+  if (x.is_cpu()) check_rates(check, A);
   p.x = x.data_ptr(), p.dt = dt.data_ptr(), p.A = A.data_ptr(), p.B = B.data_ptr();
   p.C = C.data_ptr();
   p.x_stride = strides(x), p.b_stride = strides(B), p.c_stride = strides(C);

@@ -397,12 +397,12 @@ REJECTED = {
     "activation": ({"activation": lambda _: "relu"}, "activation must be 'silu' or 'none'"),
 }
 REJECTED_ON_CPU = {
-    "cu_start": ({"cu_seqlens": lambda t: t + 1}, "cu_seqlens must be 0 at index 0, got 1"),
+    "cu_start": ({"cu_seqlens": lambda t: t + 1}, "cu_seqlens must be .* from 0 to T = 6, got 1"),
     "cu_decreasing": (
         {"cu_seqlens": lambda t: t[[0, 2, 1]]},
-        "cu_seqlens must be non-decreasing, got 3 at index 2",
+        "cu_seqlens must be non-decreasing from 0 to T = 6, got 3 at index 2",
     ),
-    "cu_end": ({"cu_seqlens": lambda t: t[:2]}, "cu_seqlens must be T = 6 at its end, got 3"),
+    "cu_end": ({"cu_seqlens": lambda t: t[:2]}, "cu_seqlens must be .* to T = 6, got 3 at index 1"),
 }
 
 

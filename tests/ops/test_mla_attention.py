@@ -346,11 +346,11 @@ REJECTED = {
 REJECTED_ON_CPU = {
     "cu_falls": (
         lambda q, kv, r: (q[:1], kv[:1, :7], r[:1, :7], 1.0, cu_seqlens(0, 5, 4, 7)),
-        "cu_seqlens must be non-decreasing from 0 to T = 7, got 4 at 2",
+        "cu_seqlens must be non-decreasing from 0 to T = 7, got 4 at index 2",
     ),
     "cu_ends_early": (
         lambda q, kv, r: (q[:1], kv[:1, :7], r[:1, :7], 1.0, cu_seqlens(0, 5)),
-        "cu_seqlens must be non-decreasing from 0 to T = 7, got 5 at 1",
+        "cu_seqlens must be non-decreasing from 0 to T = 7, got 5 at index 1",
     ),
 }
 

@@ -370,12 +370,13 @@ def test_ssd_scan_rejects_growth_naming_the_head():
 @pytest.mark.parametrize(
     ("cu", "message"),
     [
-        ([1, 70], r"cu_seqlens must be 0 at its start, got cu_seqlens\[0\] = 1"),
-        ([0, 9, 8, 70], r"cu_seqlens must be non-decreasing, at least 9 there, got .*\[2\] = 8"),
-        ([0, 9], r"cu_seqlens must be T = 70 at its end, got cu_seqlens\[1\] = 9"),
-        ([0, 9, 71], r"cu_seqlens must be T = 70 at its end, got cu_seqlens\[2\] = 71"),
+        ([1, 70], "got 1 at index 0"),
+        ([0, 9, 8, 70], "got 8 at index 2"),
+        ([0, 9], "got 9 at index 1"),
+        ([0, 9, 71], "got 71 at index 2"),
     ],
 )
 def test_ssd_scan_rejects_wrong_bounds(cu, message):
-    with pytest.raises(RuntimeError, match="zebra::ssd_scan: " + message):
+    message = "zebra::ssd_scan: cu_seqlens must be non-decreasing from 0 to T = 70, " + message
+    with pytest.raises(RuntimeError, match=message):
         ops.ssd_scan(**make(1, 70, cu=cu))

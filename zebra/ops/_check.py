@@ -111,7 +111,7 @@ class Check:
         self.that(t.numel() == 0 or ok, argument, t, "of rows that do not overlap")
 
     def cu_seqlens(self, cu: Tensor, x: Tensor, x_name: str, x_legend: str) -> int:
-        """Bounds of the sequences packed in x [1, T, ...]; returns how many there are."""
+        """Bounds of the sequences packed in x [1, T, ...]; returns how many.  Not their values."""
         self.shape("cu_seqlens", cu, (-1,), "[n_seq + 1]")
         self.dtype("cu_seqlens", cu, torch.int32)
         self.same_device("cu_seqlens", cu, x)
