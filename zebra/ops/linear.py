@@ -50,8 +50,9 @@ def linear_decode(
     Numerics:
         On the CPU up to 4 rows of bfloat16, 8 of float16 or 16 of other dtypes, everything is in
         fp32 (fp64 for fp64) with one rounding of y, and a row of y does not depend on the other
-        rows.  With more rows, and on CUDA, the matrix product is ATen's: h and the products are
-        rounded to x's dtype.  Deterministic.
+        rows.  Up to 64 rows of bfloat16 on the matrix unit of a CPU (AMX), h is rounded to bfloat16
+        and the products are not.  With more rows, and on CUDA, the matrix product is ATen's: h and
+        the products are rounded to x's dtype.  Deterministic.
     """
     with torch.no_grad():
         return torch.ops.zebra.linear_decode(
