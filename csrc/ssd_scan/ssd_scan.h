@@ -70,9 +70,12 @@ constexpr std::int64_t ssd_scan_head_block(std::int64_t heads, std::int64_t x_he
 }
 
 // 16-bit dtypes, P and N of 64 or 128, x, B, C and z in 16-byte units.  `workspace`: device memory
-// of the chosen kernel, or nullptr where it needs none.
+// of ssd_scan_cuda_workspace(p) bytes, which depends on shapes only.
+std::int64_t ssd_scan_cuda_workspace(const SsdScanParams& p);
 Status ssd_scan_cuda(const SsdScanParams& p, void* workspace, CUstream_st* stream);
 Status ssd_scan_portable(const SsdScanParams& p, CUstream_st* stream);  // every GPU from sm_80 on
+std::int64_t ssd_scan_sm90_workspace(const SsdScanParams& p);
+Status ssd_scan_sm90(const SsdScanParams& p, void* workspace, CUstream_st* stream);
 
 }  // namespace zebra
 

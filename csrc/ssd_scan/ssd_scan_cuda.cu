@@ -57,8 +57,12 @@ Status ssd_scan_portable(const SsdScanParams& p, CUstream_st* stream) {
                                     : with_dims<__nv_bfloat16>(p, stream);
 }
 
-Status ssd_scan_cuda(const SsdScanParams& p, void* /*workspace*/, CUstream_st* stream) {
-  return ssd_scan_portable(p, stream);
+std::int64_t ssd_scan_cuda_workspace(const SsdScanParams& p) {
+  return takes_sm90() ? ssd_scan_sm90_workspace(p) : 0;
+}
+
+Status ssd_scan_cuda(const SsdScanParams& p, void* workspace, CUstream_st* stream) {
+  return takes_sm90() ? ssd_scan_sm90(p, workspace, stream) : ssd_scan_portable(p, stream);
 }
 
 }  // namespace zebra

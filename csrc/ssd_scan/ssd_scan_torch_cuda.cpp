@@ -62,7 +62,9 @@ std::tuple<Tensor, Tensor> ssd_scan_op(const Tensor& x, const Tensor& dt, const 
   }
   return ssd_scan_torch(in, dt_softplus, norm_eps, [&](const SsdScanParams& p) {
     check_kernel_takes(check, in, p);
-    check.status(ssd_scan_cuda(p, nullptr, scope.stream()));
+    const int64_t bytes = ssd_scan_cuda_workspace(p);
+    const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+    check.status(ssd_scan_cuda(p, workspace.data_ptr(), scope.stream()));
   });
 }
 

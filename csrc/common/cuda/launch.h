@@ -15,11 +15,23 @@ inline Status launch_status() {
   return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
 }
 
-// ZEBRA_PORTABLE=1 makes every GPU take the portable kernels.  Read at each launch, so that a test
-// can set it.
-inline bool portable_forced() {
-  const char* const value = std::getenv("ZEBRA_PORTABLE");
+// Whether an environment variable is 1.  Read at each launch, so that a test can set it.
+//   ZEBRA_PORTABLE         every GPU takes the portable kernels
+//   ZEBRA_BATCH_INVARIANT  work is cut by a sequence's own length alone: its result does not depend
+//                          on the rest of the batch
+inline bool env_is_set(const char* name) {
+  const char* const value = std::getenv(name);
   return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+// Whether the current device takes the Hopper kernels (sm_90a).
+inline bool takes_sm90() {
+  if (env_is_set("ZEBRA_PORTABLE")) return false;
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
 }
 
 }  // namespace zebra

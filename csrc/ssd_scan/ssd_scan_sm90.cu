@@ -1,0 +1,136 @@
+// ssd_scan forward for Hopper (sm_90a).
+#include <cstring>
+
+#include "common/cuda/launch.h"
+#include "common/sm90/tma.h"
+#include "ssd_scan/ssd_scan_sm90_forward.cuh"
+#include "ssd_scan/ssd_scan_sm90_states.cuh"
+
+namespace zebra {
+namespace {
+
+using sm90::SsdArgs;
+using sm90::TmaDim;
+
+struct Workspace {
+  std::int64_t states, decays, table, bytes;  // offsets
+};
+
+Workspace workspace_of(const SsdScanParams& p, const SsdScanSm90Config& c) {
+  Workspace w = {};
+  const std::int64_t all = (p.cu_seqlens == nullptr ? p.batch : 1) * c.segments;
+  if (all * c.head_slots == 0) return w;
+  const bool split = p.cu_seqlens == nullptr ? c.segments > 1 : c.segment < p.tokens;
+  if (!split) return w;
+  const std::int64_t pieces = all * c.state_cuts * c.head_slots;
+  w.decays = pieces * 128 * p.state_dim * 4;
+  w.table = w.decays + round_up<std::int64_t>(pieces * c.heads * 4, 16);
+  w.bytes = w.table + (p.cu_seqlens == nullptr ? 0 : all * 16);
+  return w;
+}
+
+int multiprocessors() {
+  int device = 0, sms = 132;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  return sms;
+}
+
+SsdScanSm90Config config_of(const SsdScanParams& p) {
+  return select_ssd_scan_sm90_config(
+      {p.batch, p.cu_seqlens == nullptr ? 0 : p.sequences, p.tokens, p.heads, p.x_heads, p.b_heads,
+       p.c_heads, static_cast<int>(p.head_dim), static_cast<int>(p.state_dim),
+       p.norm_weight != nullptr},
+      multiprocessors(), env_is_set("ZEBRA_BATCH_INVARIANT"));
+}
+
+// A [B, T, heads, dim] tensor in boxes of 64 tokens x `box` columns of one head.
+Status encode(CUtensorMap* map, const SsdScanParams& p, const void* data, std::int64_t heads,
+              std::int64_t dim, SsdStrides stride) {
+  const auto size = [](std::int64_t n) { return static_cast<std::uint64_t>(n < 1 ? 1 : n); };
+  const auto step = [](std::int64_t n, std::int64_t s) {
+    return static_cast<std::uint64_t>(n > 1 ? s : 64);
+  };
+  return sm90::encode_tensor_map(map, p.dtype == DType::kBFloat16, data,
+                                 {{64, 1, 64},
+                                  {size(p.tokens), step(p.tokens, stride.token), 64},
+                                  {size(dim / 64), 64, static_cast<std::uint32_t>(dim / 64)},
+                                  {size(heads), step(heads, stride.head), 1},
+                                  {size(p.batch), step(p.batch, stride.batch), 1}});
+}
+
+template <typename Kernel>
+Status launch(Kernel kernel, const SsdArgs& args, std::int64_t items, int threads, int smem,
+              cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  const int sms = multiprocessors();
+  kernel<<<static_cast<unsigned>(items < sms ? items : sms), threads, smem, stream>>>(args);
+  return launch_status();
+}
+
+template <typename T, int kP, int kN>
+Status run(SsdArgs& args, cudaStream_t stream) {
+  const SsdScanSm90Config& c = args.cfg;
+  if (args.states != nullptr) {
+    const Status s = launch(sm90::ssd_scan_states_kernel<T, kP, kN>, args, c.state_items,
+                            sm90::kStatesThreads, c.state_smem_bytes, stream);
+    if (s.error != nullptr) return s;
+  }
+  return launch(sm90::ssd_scan_forward_kernel<T, kP, kN>, args, c.items, sm90::kForwardThreads,
+                c.smem_bytes, stream);
+}
+
+template <typename T>
+Status run(SsdArgs& args, cudaStream_t stream) {
+  const bool p64 = args.p.head_dim == 64, n64 = args.p.state_dim == 64;
+  if (p64) return n64 ? run<T, 64, 64>(args, stream) : run<T, 64, 128>(args, stream);
+  return n64 ? run<T, 128, 64>(args, stream) : run<T, 128, 128>(args, stream);
+}
+
+}  // namespace
+
+std::int64_t ssd_scan_sm90_workspace(const SsdScanParams& p) {
+  return workspace_of(p, config_of(p)).bytes;
+}
+
+Status ssd_scan_sm90(const SsdScanParams& p, void* workspace, cudaStream_t stream) {
+  SsdArgs args;
+  std::memset(&args, 0, sizeof(args));
+  args.p = p;
+  args.cfg = config_of(p);
+  constexpr std::int64_t kInt = std::int64_t{1} << 31;
+  if (p.tokens >= kInt - 2 * kSsdChunk || args.cfg.items >= kInt || args.cfg.state_items >= kInt)
+    return {"x must have fewer than 2^31 tokens, and sequences times heads be below 2^31"};
+  if (args.cfg.items == 0) return {};
+  const SsdStrides y = {p.tokens * p.heads * p.head_dim, p.heads * p.head_dim, p.head_dim};
+  // Nothing is read where there are no tokens, but a map needs an address.
+  const auto data = [&](const void* t) { return p.tokens == 0 ? p.final_state : t; };
+  Status s = encode(&args.x, p, data(p.x), p.x_heads, p.head_dim, p.x_stride);
+  if (s.error == nullptr) s = encode(&args.B, p, data(p.B), p.b_heads, p.state_dim, p.b_stride);
+  if (s.error == nullptr) s = encode(&args.C, p, data(p.C), p.c_heads, p.state_dim, p.c_stride);
+  if (s.error == nullptr) s = encode(&args.y, p, data(p.y), p.heads, p.head_dim, y);
+  if (s.error == nullptr && p.z != nullptr)
+    s = encode(&args.z, p, data(p.z), p.heads, p.head_dim, p.z_stride);
+  if (s.error != nullptr) return s;
+  const Workspace w = workspace_of(p, args.cfg);
+  if (w.bytes > 0) {
+    char* const base = static_cast<char*>(workspace);
+    args.states = reinterpret_cast<float4*>(base + w.states);
+    args.decays = reinterpret_cast<float*>(base + w.decays);
+    if (p.cu_seqlens != nullptr) {
+      int4* const table = reinterpret_cast<int4*>(base + w.table);
+      args.table = table;
+      sm90::ssd_scan_plan_kernel<<<1, 1024, 0, stream>>>(
+          p.cu_seqlens, static_cast<int>(p.sequences), static_cast<int>(args.cfg.segment), table,
+          static_cast<int>(args.cfg.segments));
+      const Status planned = launch_status();
+      if (planned.error != nullptr) return planned;
+    }
+  }
+  return p.dtype == DType::kBFloat16 ? run<__nv_bfloat16>(args, stream)
+                                     : run<__half>(args, stream);
+}
+
+}  // namespace zebra
