@@ -103,7 +103,7 @@ Status ssd_scan_sm90(const SsdScanParams& p, void* workspace, cudaStream_t strea
   constexpr std::int64_t kInt = std::int64_t{1} << 31;
   if (p.tokens >= kInt - 2 * kSsdChunk || args.cfg.items >= kInt || args.cfg.state_items >= kInt)
     return {"x must have fewer than 2^31 tokens, and sequences times heads be below 2^31"};
-  if (args.cfg.items == 0) return {};
+  if (p.sequences == 0 || args.cfg.items == 0) return {};
   const SsdStrides y = {p.tokens * p.heads * p.head_dim, p.heads * p.head_dim, p.head_dim};
   // Nothing is read where there are no tokens, but a map needs an address.
   const auto data = [&](const void* t) { return p.tokens == 0 ? p.final_state : t; };

@@ -109,7 +109,8 @@ __device__ __forceinline__ void gate_store_walk(const SsdArgs& a) {
   if (lane == 0) tma_store_wait();
 }
 
-// Pm[i][j] = (C_i . B_j) exp2(s_i - t_j) for j <= i: one warpgroup, ahead of the states.
+// Pm[i][j] = (C_i . B_j) exp2(s_i - t_j) for j < i: one warpgroup, ahead of the states.  The diagonal
+// stays in fp32 and takes D along: where both nearly cancel, the norm would magnify its rounding.
 template <typename T, int kP, int kN>
 __device__ __forceinline__ void score_walk(const SsdArgs& a) {
   constexpr int kHeads = 128 / kP;
@@ -122,6 +123,12 @@ __device__ __forceinline__ void score_walk(const SsdArgs& a) {
   unsigned number = 0;  // of the chunk, over all items
   for (int it = blockIdx.x; it < cfg.items; it += gridDim.x) {
     const Item<false> item(a, it);
+    float skip[kHeads];
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      skip[k] = a.p.D == nullptr || item.head + k >= a.p.heads
+                    ? 0.f
+                    : load_scalar(a.p.D, a.p.d_dtype, item.head + k);
     for (int c = 0, chunks = item.chunks(); c < chunks; ++c) {
       char* const stage = shared_memory + S::kTiles + r.slot * cfg.stage_bytes;
       const int pm = number % kSsdPmSlots;
@@ -146,7 +153,7 @@ __device__ __forceinline__ void score_walk(const SsdArgs& a) {
           wait_decays<kHeads>(number);
           mbarrier_wait(shared_at(S::kPmEmpty) + 8 * pm, number / kSsdPmSlots & 1 ^ 1);
         }
-        const Decays& d = decays_of<kHeads>(number)[k];
+        Decays& d = decays_of<kHeads>(number)[k];
         const float s0 = d.s[row], s1 = d.s[row + 8];
         const std::uint32_t out =
             shared_at(cfg.pm_offset) + (pm * kHeads + k) * kTile + store_row * 128;
@@ -154,19 +161,30 @@ __device__ __forceinline__ void score_walk(const SsdArgs& a) {
         for (int n = 0; n < 4; ++n) {  // 16 columns: above this warp's rows, on the diagonal, below
           std::uint32_t v[4] = {};
           if (n <= warp) {
+            float p[8];
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
-              const int j = 16 * n + 8 * m + lane % 4 * 2, at = 8 * n + 4 * m;
-              const float2 t = *reinterpret_cast<const float2*>(&d.t[j]);
-              const auto masked = [&](float s, float score, float tj, bool keep) {
-                const float value = score * exp2_approx(s - tj);
-                return n < warp || keep ? value : 0.f;
-              };
-              v[2 * m] = pack<T>(masked(s0, scores[at], t.x, j <= row),
-                                 masked(s0, scores[at + 1], t.y, j < row));
-              v[2 * m + 1] = pack<T>(masked(s1, scores[at + 2], t.x, j <= row + 8),
-                                     masked(s1, scores[at + 3], t.y, j < row + 8));
+              const int at = 8 * n + 4 * m;
+              const float2 t =
+                  *reinterpret_cast<const float2*>(&d.t[16 * n + 8 * m + lane % 4 * 2]);
+              p[4 * m] = scores[at] * exp2_approx(s0 - t.x);
+              p[4 * m + 1] = scores[at + 1] * exp2_approx(s0 - t.y);
+              p[4 * m + 2] = scores[at + 2] * exp2_approx(s1 - t.x);
+              p[4 * m + 3] = scores[at + 3] * exp2_approx(s1 - t.y);
             }
+            if (n == warp) {
+              const int i = lane / 4, j = lane % 4 * 2;  // of an 8 x 8 block
+              __syncwarp();                              // s is read
+              if (i / 2 == j / 2) {
+                d.s[row] = (i == j ? p[0] : p[1]) + skip[k];
+                d.s[row + 8] = (i == j ? p[6] : p[7]) + skip[k];
+              }
+              p[0] = j < i ? p[0] : 0.f, p[1] = j + 1 < i ? p[1] : 0.f;
+              p[4] = p[5] = 0.f;
+              p[6] = j < i ? p[6] : 0.f, p[7] = j + 1 < i ? p[7] : 0.f;
+            }
+#pragma unroll
+            for (int m = 0; m < 4; ++m) v[m] = pack<T>(p[2 * m], p[2 * m + 1]);
           }
           stmatrix_x4(out + (((2 * n + lane / 16) ^ (store_row % 8)) << 4), v[0], v[1], v[2], v[3]);
         }
@@ -327,7 +345,6 @@ struct StateWalk {
     const SsdScanSm90Config& cfg = a.cfg;
     const int head = item.head + (kHeads == 2 ? unit : 0);
     const int known = head < p.heads ? head : 0;  // parameters of an absent head: any
-    const float skip = p.D == nullptr ? 0.f : load_scalar(p.D, p.d_dtype, known);
     if (p.norm_weight != nullptr) {
       const std::int64_t at = static_cast<std::int64_t>(known) * kP + (kHeads == 1 ? 64 * unit : 0) +
                               warp % 4 * 16 + lane / 4;
@@ -388,7 +405,7 @@ struct StateWalk {
       }
 
       // next = exp2(s_i) next + X^T Pm^T,  h^T = exp2(s_63) h^T + (w X)^T B.  Under the first: the
-      // gate; under the second: + D x, the gate applied, the squares for the norm.
+      // gate; under the second: the diagonal and D, the gate applied, the squares for the norm.
       const std::uint64_t dp =
           wgmma_descriptor(shared_at(cfg.pm_offset) + (pm * kHeads + of) * kTile, 16);
       const std::uint64_t db = wgmma_descriptor(stage + cfg.b_offset + of * cfg.b_step, kTile);
@@ -399,7 +416,6 @@ struct StateWalk {
 #pragma unroll
       for (int k = 0; k < 4; ++k) wgmma_rs<T, Major::kMN>(h, xw[k], advance(db, 2048 * k));
       wgmma_commit();
-      arrive_warp(shared_at(S::kDecayEmpty) + 8 * (number % kSsdDecaySlots));
       if (c > 0 && cfg.zy_slots >= 3) publish();
       float gate[32];
 #pragma unroll
@@ -413,9 +429,11 @@ struct StateWalk {
 #pragma unroll
       for (int k = 0; k < 16; ++k) {
         const float2 v = unpack<T>(x[k / 4][k % 4]);
-        Y[2 * k] = fmaf(skip, v.x, next[2 * k]) * gate[2 * k];
-        Y[2 * k + 1] = fmaf(skip, v.y, next[2 * k + 1]) * gate[2 * k + 1];
+        const float2 own = *reinterpret_cast<const float2*>(&d.s[k / 2 * 8 + lane % 4 * 2]);
+        Y[2 * k] = fmaf(own.x, v.x, next[2 * k]) * gate[2 * k];
+        Y[2 * k + 1] = fmaf(own.y, v.y, next[2 * k + 1]) * gate[2 * k + 1];
       }
+      arrive_warp(shared_at(S::kDecayEmpty) + 8 * (number % kSsdDecaySlots));
       if (p.norm_weight != nullptr) share_squares(Y);
       ++number;
       wgmma_wait<0>(h);
