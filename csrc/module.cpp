@@ -8,6 +8,7 @@
 #include "causal_conv1d/causal_conv1d_config.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_config.h"
+#include "ssd_scan/ssd_scan_sm90_config.h"
 
 namespace py = pybind11;
 
@@ -52,6 +53,24 @@ py::dict ssd_scan_config(std::int64_t sequences, std::int64_t heads, int head_di
                   py::arg("ctas") = c.ctas);
 }
 
+py::dict ssd_scan_sm90_config(std::int64_t batch, std::int64_t tokens, std::int64_t heads,
+                              std::int64_t x_heads, std::int64_t b_heads, std::int64_t c_heads,
+                              int head_dim, int state_dim, bool norm, std::int64_t sequences,
+                              std::int64_t sms, bool batch_invariant) {
+  if (!zebra::ssd_scan_takes(head_dim) || !zebra::ssd_scan_takes(state_dim))
+    throw py::value_error("zebra: ssd_scan has CUDA tiles for head_dim and state_dim 64 and 128");
+  const zebra::SsdScanSm90Config c = zebra::select_ssd_scan_sm90_config(
+      {batch, sequences, tokens, heads, x_heads, b_heads, c_heads, head_dim, state_dim, norm}, sms,
+      batch_invariant);
+  return py::dict(py::arg("heads") = c.heads, py::arg("head_slots") = c.head_slots,
+                  py::arg("stages") = c.stages, py::arg("stage_bytes") = c.stage_bytes,
+                  py::arg("zy_slots") = c.zy_slots, py::arg("smem_bytes") = c.smem_bytes,
+                  py::arg("segment") = c.segment, py::arg("segments") = c.segments,
+                  py::arg("items") = c.items, py::arg("state_segment") = c.state_segment,
+                  py::arg("state_cuts") = c.state_cuts, py::arg("state_items") = c.state_items,
+                  py::arg("state_smem_bytes") = c.state_smem_bytes);
+}
+
 // select_config("rms_norm", dim=4096, ...): the tile that a launcher would choose, as a dict.
 py::dict select_config(const std::string& op, const py::kwargs& problem) {
   const py::module_ self = py::module_::import("zebra._C");
@@ -74,4 +93,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("backward") = false);
   m.def("_ssd_scan_config", &ssd_scan_config, py::arg("sequences"), py::arg("heads"),
         py::arg("head_dim"), py::arg("state_dim"));
+  m.def("_ssd_scan_sm90_config", &ssd_scan_sm90_config, py::arg("batch"), py::arg("tokens"),
+        py::arg("heads"), py::arg("x_heads"), py::arg("b_heads"), py::arg("c_heads"),
+        py::arg("head_dim"), py::arg("state_dim"), py::arg("norm") = true, py::arg("sequences") = 0,
+        py::arg("sms") = 132, py::arg("batch_invariant") = false);
 }

@@ -1,9 +1,9 @@
 """Load the operator libraries, once, and say what was loaded.
 
 Environment variables read here and nowhere else: ``ZEBRA_LOAD_CUDA=1`` loads the CUDA library into
-a torch without CUDA, so that its registrations can be inspected.  (The C++ libraries read two more:
-``ZEBRA_CPU_ISA`` lowers the CPU instruction set, and ``ZEBRA_PORTABLE=1``, read at every launch,
-makes every GPU take the portable CUDA kernels.)
+a torch without CUDA, so that its registrations can be inspected.  (The C++ libraries read three
+more: ``ZEBRA_CPU_ISA`` lowers the CPU instruction set, and those of ``_LAUNCH``, read at every
+launch.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ from zebra._version import __version__
 
 _LIBRARIES = Path(__file__).parent / "_lib"
 _loaded: list[str] = []
+
+# csrc/common/cuda/launch.h
+_LAUNCH = {
+    "ZEBRA_PORTABLE": "the portable CUDA kernels on every GPU",
+    "ZEBRA_BATCH_INVARIANT": "results on CUDA that do not depend on the rest of the batch",
+}
 
 
 def _load(name: str) -> bool:
@@ -62,8 +68,7 @@ def build_info() -> dict[str, Any]:
     info: dict[str, Any] = {"version": __version__, "torch": torch.__version__}
     info["libraries"] = list(_loaded)
     info["cuda_library_built"] = (_LIBRARIES / "libzebra_cuda.so").exists()
-    if os.environ.get("ZEBRA_PORTABLE") == "1":
-        info["ZEBRA_PORTABLE"] = "1: the portable CUDA kernels on every GPU"
+    info.update({k: f"1: {what}" for k, what in _LAUNCH.items() if os.environ.get(k) == "1"})
     info["bindings"] = module is not None
     if module is not None:
         info.update(module.build_info())

@@ -1,4 +1,18 @@
-// ssd_scan forward for Hopper (sm_90a).
+// ssd_scan, forward, for Hopper (sm_90a): wgmma, TMA, mbarriers.
+//
+// Computes       y and the final state of ssd_scan.h for 16-bit dtypes, P and N of 64 or 128.
+//                Derivation, steps and what was rejected: docs/kernels/ssd_scan.md.
+// Grid           persistent: items (sequence segment x head slot, heads fastest, so that heads of a
+//                group share x and B in L2) are dealt to one CTA a multiprocessor in turn.
+// Kernels        plan (packed sequences that may be cut), states (where sequences are cut),
+// forward. Tiles          ssd_scan_sm90_config.h: chunks of 64 tokens, one head of P = 128 or two
+// of 64. Warps          forward, 16: norm, decays, gate and store, load | 4 scores | 4 + 4 states.
+// Registers      48, 64, 200 and 200 of a thread; no spills.
+// Shared memory  P = N = 128 with the norm, 222 KiB: three stages of C, B and x (144), three slots
+// of
+//                z and y (48), two of masked scores (16), sums of squares (9), four of decays (4).
+// Barriers       full / empty of a stage, of decays, of scores; z there, y there; squares, 1 / rms.
+// Bound          HBM by bytes (3090 clk a chunk); measured, the latencies of the state warps.
 #include <cstring>
 
 #include "common/cuda/launch.h"
@@ -129,8 +143,7 @@ Status ssd_scan_sm90(const SsdScanParams& p, void* workspace, cudaStream_t strea
       if (planned.error != nullptr) return planned;
     }
   }
-  return p.dtype == DType::kBFloat16 ? run<__nv_bfloat16>(args, stream)
-                                     : run<__half>(args, stream);
+  return p.dtype == DType::kBFloat16 ? run<__nv_bfloat16>(args, stream) : run<__half>(args, stream);
 }
 
 }  // namespace zebra

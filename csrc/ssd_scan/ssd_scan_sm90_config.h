@@ -8,12 +8,12 @@
 
 namespace zebra {
 
-constexpr int kSsdChunk = 64;                  // tokens of a chunk
+constexpr int kSsdChunk = 64;                   // tokens of a chunk
 constexpr int kSsdTileBytes = kSsdChunk * 128;  // 64 tokens x 64 elements of 16 bits
-constexpr int kSsdDecaySlots = 4;              // chunks whose decays are kept ready, a power of two
-constexpr int kSsdPmSlots = 2;                 // chunks whose masked scores are kept ready
+constexpr int kSsdDecaySlots = 4;  // chunks whose decays are kept ready, a power of two
+constexpr int kSsdPmSlots = 2;     // chunks whose masked scores are kept ready
 constexpr int kSsdMostStages = 6;
-constexpr int kSsdSm90SmemBytes = 232448;      // shared memory of a CTA on sm_90
+constexpr int kSsdSm90SmemBytes = 232448;  // shared memory of a CTA on sm_90
 
 // Sums of squares for the norm: a row for every 2 x 2 rows of a state warpgroup's registers.
 constexpr int kSsdSquaresRows = 32;
@@ -37,20 +37,20 @@ struct SsdScanSm90Shape {
 // `segment` tokens, but for the last.  With more than one segment a first kernel walks all but the
 // last of them for their states alone.
 struct SsdScanSm90Config {
-  int heads;                    // of a CTA: 128 / P
-  int head_slots;               // CTAs side by side over the heads
+  int heads;                       // of a CTA: 128 / P
+  int head_slots;                  // CTAs side by side over the heads
   bool share_c, share_b, share_x;  // two heads of a CTA read the same tiles
-  // A stage holds C, B and x, in bytes; *_step leads from one head's (x: 64-column block's) tiles to
-  // the next's.
+  // A stage holds C, B and x, in bytes; *_step leads from one head's (x: 64-column block's) tiles
+  // to the next's.
   int c_step, b_step, x_step, b_offset, x_offset, stage_bytes, stages;
-  int zy_slots;                 // ring of z and y, 16 KiB each
+  int zy_slots;  // ring of z and y, 16 KiB each
   // Of the rings of z and y and of the masked scores, and of the sums of squares for the norm.
   int zy_offset, pm_offset, squares_offset;
   int smem_bytes;
   // The walk for the states: a stage holds B and x.
   int state_stage_bytes, state_stages, state_smem_bytes;
-  std::int64_t segment;         // tokens, a multiple of 64
-  std::int64_t segments;        // of a batch row (packed: at most, of the batch)
+  std::int64_t segment;   // tokens, a multiple of 64
+  std::int64_t segments;  // of a batch row (packed: at most, of the batch)
   std::int64_t items;
   // The walk for the states: every segment in `state_cuts` pieces of `state_segment` tokens.
   std::int64_t state_segment;
@@ -68,10 +68,10 @@ struct SsdSegments {
 // Cuts one batch row of `chunks` chunks that `width` CTAs walk side by side on `sms`
 // multiprocessors, for the least time in chunks of the main walk.
 constexpr SsdSegments ssd_scan_segments(std::int64_t chunks, std::int64_t width, std::int64_t sms) {
-  constexpr double kState = 0.3;   // a chunk of the walk for the states
-  constexpr double kStart = 1.5;   // a CTA's first loads and last stores
-  constexpr double kLaunch = 2;    // a second kernel
-  constexpr double kFold = 0.4;    // reading the state of a piece
+  constexpr double kState = 0.3;  // a chunk of the walk for the states
+  constexpr double kStart = 1.5;  // a CTA's first loads and last stores
+  constexpr double kLaunch = 2;   // a second kernel
+  constexpr double kFold = 0.4;   // reading the state of a piece
   double best = 0;
   SsdSegments choice = {chunks, 1};
   for (std::int64_t n = 1; n <= 64 && n * 4 <= chunks; ++n) {
@@ -82,8 +82,9 @@ constexpr SsdSegments ssd_scan_segments(std::int64_t chunks, std::int64_t width,
       double time = static_cast<double>(ceil_div(width * segments, sms)) *
                     (static_cast<double>(length) + kStart + folds);
       if (segments > 1)
-        time += kLaunch + static_cast<double>(ceil_div(width * (segments - 1) * cuts, sms)) *
-                              (kStart + kState * static_cast<double>(ceil_div<std::int64_t>(length, cuts)));
+        time += kLaunch +
+                static_cast<double>(ceil_div(width * (segments - 1) * cuts, sms)) *
+                    (kStart + kState * static_cast<double>(ceil_div<std::int64_t>(length, cuts)));
       if (n == 1 || time < best) best = time, choice = {length, cuts};
     }
   }

@@ -50,9 +50,9 @@ __device__ __forceinline__ void load_walk(const SsdArgs& a) {
   }
 }
 
-// z and y of every chunk share slots: a slot is filled with z (without a gate: with nothing), y takes
-// its place, and once y is stored the slot is filled for the next chunk but one or two.  One warp.
-// Where a packed sequence ends inside a chunk, only its rows are stored.
+// z and y of every chunk share slots: a slot is filled with z (without a gate: with nothing), y
+// takes its place, and once y is stored the slot is filled for the next chunk but one or two.  One
+// warp. Where a packed sequence ends inside a chunk, only its rows are stored.
 template <int kP>
 __device__ __forceinline__ void gate_store_walk(const SsdArgs& a) {
   constexpr int kHeads = 128 / kP;
@@ -109,8 +109,9 @@ __device__ __forceinline__ void gate_store_walk(const SsdArgs& a) {
   if (lane == 0) tma_store_wait();
 }
 
-// Pm[i][j] = (C_i . B_j) exp2(s_i - t_j) for j < i: one warpgroup, ahead of the states.  The diagonal
-// stays in fp32 and takes D along: where both nearly cancel, the norm would magnify its rounding.
+// Pm[i][j] = (C_i . B_j) exp2(s_i - t_j) for j < i: one warpgroup, ahead of the states.  The
+// diagonal stays in fp32 and takes D along: where both nearly cancel, the norm would magnify its
+// rounding.
 template <typename T, int kP, int kN>
 __device__ __forceinline__ void score_walk(const SsdArgs& a) {
   constexpr int kHeads = 128 / kP;
@@ -268,8 +269,8 @@ struct StateWalk {
   unsigned number = 0;  // of the chunk, over all items
   float weight[2];      // norm_weight of this thread's two rows
 
-  // This thread's sums of squares over its rows and those of lane ^ 16, for the norm: each of the two
-  // keeps half of the tokens.
+  // This thread's sums of squares over its rows and those of lane ^ 16, for the norm: each of the
+  // two keeps half of the tokens.
   __device__ __forceinline__ void share_squares(const float (&Y)[32]) {
     const bool upper = lane & 16;
     float* const out = reinterpret_cast<float*>(shared_memory + a.cfg.squares_offset) +
@@ -307,8 +308,8 @@ struct StateWalk {
                         pack<T>(Y[8 * k + 2], Y[8 * k + 3]), pack<T>(Y[8 * k + 4], Y[8 * k + 5]),
                         pack<T>(Y[8 * k + 6], Y[8 * k + 7]));
   }
-  // Leave to store what finish() wrote: a while later, because the fence waits for those writes, but
-  // at once where z of the next chunk waits for the slot.
+  // Leave to store what finish() wrote: a while later, because the fence waits for those writes,
+  // but at once where z of the next chunk waits for the slot.
   __device__ __forceinline__ void publish() {
     fence_async_proxy();
     arrive_warp(shared_at(S::kYFull) + 8 * y_slot);
@@ -346,8 +347,8 @@ struct StateWalk {
     const int head = item.head + (kHeads == 2 ? unit : 0);
     const int known = head < p.heads ? head : 0;  // parameters of an absent head: any
     if (p.norm_weight != nullptr) {
-      const std::int64_t at = static_cast<std::int64_t>(known) * kP + (kHeads == 1 ? 64 * unit : 0) +
-                              warp % 4 * 16 + lane / 4;
+      const std::int64_t at = static_cast<std::int64_t>(known) * kP +
+                              (kHeads == 1 ? 64 * unit : 0) + warp % 4 * 16 + lane / 4;
       weight[0] = load_scalar(p.norm_weight, p.norm_weight_dtype, at);
       weight[1] = load_scalar(p.norm_weight, p.norm_weight_dtype, at + 8);
     }
@@ -446,12 +447,12 @@ struct StateWalk {
       store_state<kRegs>(h, static_cast<float*>(p.final_state) + state_at(item, head));
   }
 
-  // v / (1 + exp(-v)) of two elements.  For bf16 by tanh, whose error of 2^-11 is below the rounding
-  // of y.
+  // v / (1 + exp(-v)) of two elements.  For bf16 by tanh, whose error of 2^-11 is below the
+  // rounding of y.
   static __device__ __forceinline__ float2 silu(std::uint32_t pair) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      __nv_bfloat162 half = __hmul2(*reinterpret_cast<__nv_bfloat162*>(&pair),
-                                    __nv_bfloat162{0.5f, 0.5f});
+      __nv_bfloat162 half =
+          __hmul2(*reinterpret_cast<__nv_bfloat162*>(&pair), __nv_bfloat162{0.5f, 0.5f});
       const float2 v = unpack<T>(*reinterpret_cast<std::uint32_t*>(&half));
       return {fmaf(v.x, tanh_approx(v.x), v.x), fmaf(v.y, tanh_approx(v.y), v.y)};
     } else {

@@ -63,8 +63,8 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
       mbarrier_wait(shared_at(S::kFull) + 8 * stage.slot, stage.phase);
       wait_decays<kHeads>(number);
       const Decays& d = decays_of<kHeads>(number)[of];
-      const std::uint32_t tile = shared_at(S::kTiles) + stage.slot * bytes + cfg.x_offset - cfg.b_offset +
-                                 unit * cfg.x_step + offset;
+      const std::uint32_t tile = shared_at(S::kTiles) + stage.slot * bytes + cfg.x_offset -
+                                 cfg.b_offset + unit * cfg.x_step + offset;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         std::uint32_t x[4];
@@ -79,7 +79,8 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
     const int chunks = item.chunks();
     // `now` goes into the product while `after` is made: registers of a running product must not be
     // written, so the two change places by code, not by copies.
-    const auto step = [&](const std::uint32_t (&now)[4][4], std::uint32_t (&after)[4][4], bool more) {
+    const auto step = [&](const std::uint32_t (&now)[4][4], std::uint32_t (&after)[4][4],
+                          bool more) {
 #pragma unroll
       for (int k = 0; k < kRegs; ++k) h[k] *= decay;
       const std::uint64_t db =
@@ -101,7 +102,8 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
       step(even, odd, c + 1 < chunks);
       if (c + 1 < chunks) step(odd, even, c + 2 < chunks);
     }
-    const std::int64_t piece = static_cast<std::int64_t>(item.segment) * cfg.state_cuts + item.piece;
+    const std::int64_t piece =
+        static_cast<std::int64_t>(item.segment) * cfg.state_cuts + item.piece;
     float4* const out = piece_state<kRegs>(a, piece, item.slot, unit);
 #pragma unroll
     for (int k = 0; k < kRegs / 4; ++k)
@@ -166,7 +168,8 @@ __global__ void ssd_scan_plan_kernel(const std::int32_t* cu_seqlens, int sequenc
       if (at < entries)
         table[at] = make_int4(i, begin + k * segment, min(tokens - k * segment, segment), k);
   }
-  for (int at = total + threadIdx.x; at < entries; at += kThreads) table[at] = make_int4(-1, 0, 0, 0);
+  for (int at = total + threadIdx.x; at < entries; at += kThreads)
+    table[at] = make_int4(-1, 0, 0, 0);
 }
 
 }  // namespace zebra::sm90

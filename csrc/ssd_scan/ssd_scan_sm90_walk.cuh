@@ -22,9 +22,9 @@ struct SsdArgs {
   SsdScanParams p;
   SsdScanSm90Config cfg;
   // With more than one segment: what the walk over segments but the last of a sequence leaves.
-  float4* states;          // [segments, pieces, head_slots, 2, registers / 4, 128]
-  float* decays;           // [segments, pieces, head_slots * heads], of a whole piece
-  const int4* table;       // packed: {sequence, first token, tokens, ordinal}, sequence -1: none
+  float4* states;     // [segments, pieces, head_slots, 2, registers / 4, 128]
+  float* decays;      // [segments, pieces, head_slots * heads], of a whole piece
+  const int4* table;  // packed: {sequence, first token, tokens, ordinal}, sequence -1: none
 };
 
 // A segment of a sequence, or a piece of one in the walk for the states, and the heads of a CTA.
@@ -36,7 +36,7 @@ struct Item {
   int piece;          // of the segment
   int sequence, row;  // sequence and batch row
   int first, tokens;
-  bool last;          // segment of its sequence
+  bool last;  // segment of its sequence
 
   __device__ __forceinline__ Item(const SsdArgs& a, int item) {
     const int per_row = static_cast<int>(a.cfg.segments);
@@ -90,8 +90,8 @@ struct Smem {
   static constexpr int kZyFull = kDecayEmpty + 8 * kSsdDecaySlots, kYFull = kZyFull + 8 * 3;
   static constexpr int kPmFull = kYFull + 8 * 3, kPmEmpty = kPmFull + 8 * kSsdPmSlots;
   static constexpr int kSquaresFull = kPmEmpty + 8 * kSsdPmSlots, kRstdFull = kSquaresFull + 8;
-  static constexpr int kRstd = 512;                     // float [heads][64]: 1 / rms of the tokens
-  static constexpr int kDecays = kRstd + 2 * kQ * 4;    // Decays [slots][heads]
+  static constexpr int kRstd = 512;                   // float [heads][64]: 1 / rms of the tokens
+  static constexpr int kDecays = kRstd + 2 * kQ * 4;  // Decays [slots][heads]
   static constexpr int kTiles = ssd_scan_sm90_tiles_offset(kHeads);
   static_assert(kRstdFull + 8 <= kRstd);
   static_assert(kDecays + kSsdDecaySlots * kHeads * 4 * kQ * 4 <= kTiles && kTiles % 1024 == 0);
@@ -237,8 +237,8 @@ __device__ __forceinline__ void decay_walk(const SsdArgs& a, int warp = 0) {
   constexpr float kLog2e = 1.4426950408889634f;
   const bool wide = p.dt_dtype == DType::kFloat32;
 
-  // A chunk asked for: the bits of dt (converting them would wait for them), its item (-1: none) and
-  // its tokens.
+  // A chunk asked for: the bits of dt (converting them would wait for them), its item (-1: none)
+  // and its tokens.
   struct Ask {
     std::uint32_t bits[kHeads][2];
     int item, valid;
@@ -293,8 +293,8 @@ __device__ __forceinline__ void decay_walk(const SsdArgs& a, int warp = 0) {
 #pragma unroll
     for (int k = 0; k < kHeads; ++k)
       compute_decays<T>(decays_of<kHeads>(number) + k,
-                     {value(chunk.bits[k][0]), value(chunk.bits[k][1])}, bias[k], rate[k],
-                     p.dt_softplus, chunk.valid);
+                        {value(chunk.bits[k][0]), value(chunk.bits[k][1])}, bias[k], rate[k],
+                        p.dt_softplus, chunk.valid);
     arrive_warp(shared_at(Smem<kHeads>::kDecayFull) + slot);
     number += kWarps;
     ask(chunk);

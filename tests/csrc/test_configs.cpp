@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "rms_norm/rms_norm_config.h"
+#include "ssd_scan/ssd_scan_sm90_config.h"
 
 namespace {
 
@@ -35,10 +36,58 @@ void rms_norm_tiles_cover_a_row() {
   static_assert(zebra::rms_norm_backward_ctas(1 << 20) == 528, "bounded partials");
 }
 
+void ssd_scan_segments_cover_every_sequence(const zebra::SsdScanSm90Shape& s, bool invariant) {
+  const zebra::SsdScanSm90Config c = zebra::select_ssd_scan_sm90_config(s, 132, invariant);
+  const auto where = static_cast<long>(s.tokens);
+  EXPECT(c.smem_bytes <= zebra::kSsdSm90SmemBytes && c.stages >= 1 && c.zy_slots >= 2,
+         "%ld tokens, P %d, N %d", where, s.head_dim, s.state_dim);
+  EXPECT(c.state_smem_bytes <= zebra::kSsdSm90SmemBytes && c.state_stages >= 2, "%ld tokens",
+         where);
+  EXPECT(c.heads * c.head_slots >= s.heads, "%ld heads", static_cast<long>(s.heads));
+  EXPECT(c.segment % zebra::kSsdChunk == 0 && c.segment > 0, "%ld tokens", where);
+  EXPECT(c.state_segment % zebra::kSsdChunk == 0 && c.state_cuts >= 1 &&
+             c.state_segment * c.state_cuts >= c.segment &&
+             c.state_segment * (c.state_cuts - 1) < c.segment,
+         "%ld tokens", where);
+  if (s.sequences == 0) {  // whole segments but for the last, none of them empty
+    EXPECT(c.segments * c.segment >= s.tokens, "%ld tokens", where);
+    EXPECT(c.segments == 1 || (c.segments - 1) * c.segment < s.tokens, "%ld tokens", where);
+    EXPECT(c.items == s.rows * c.segments * c.head_slots, "%ld tokens", where);
+  } else {  // however the tokens fall on the sequences
+    const bool cut = c.segment < s.tokens;
+    EXPECT(c.segments >= s.sequences + (cut ? s.tokens / c.segment : 0), "%ld tokens", where);
+  }
+  if (invariant) EXPECT(c.segment == 2048, "%ld tokens", where);
+}
+
+void ssd_scan_tiles_fit() {
+  for (const int head_dim : {64, 128})
+    for (const int state_dim : {64, 128})
+      for (const std::int64_t heads : {1, 3, 4, 24, 32, 80})
+        for (const std::int64_t group : {1, 2, 3, 4, 8})  // heads that share x, B or C
+          for (std::int64_t tokens = 0; tokens < 70000; tokens = tokens * 3 + 1)
+            for (const bool flag : {false, true}) {
+              if (heads % group != 0) continue;
+              const std::int64_t few = heads / group;
+              for (const std::int64_t c_heads : {few, heads})
+                for (const std::int64_t x_heads : {few, heads})
+                  for (const std::int64_t sequences : {0, 1, 7, 300})
+                    ssd_scan_segments_cover_every_sequence(
+                        {sequences > 0 ? 1 : 2, sequences, tokens, heads, x_heads, few, c_heads,
+                         head_dim, state_dim, flag},
+                        flag);
+            }
+  // One wave of the 132 multiprocessors of an H200 where it can be had.
+  constexpr zebra::SsdScanSm90Config c =
+      zebra::select_ssd_scan_sm90_config({2, 0, 8192, 32, 8, 8, 32, 128, 128, true}, 132, false);
+  static_assert(c.items == 128 && c.stages == 3 && c.zy_slots == 3, "the 8B layer, 2 x 8192");
+}
+
 }  // namespace
 
 int main() {
   rms_norm_tiles_cover_a_row();
+  ssd_scan_tiles_fit();
   std::printf(failures == 0 ? "configs: all promises hold\n" : "configs: %d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

@@ -98,6 +98,20 @@ def test_ssd_scan_kernel_of_packed_sequences_equals_separate_ones(without):
 
 @gpu
 @on_both
+def test_ssd_scan_kernel_is_batch_invariant_on_request(monkeypatch):
+    """5000 tokens, cut every 2048, alone and between others: the same bits."""
+    monkeypatch.setenv("ZEBRA_BATCH_INVARIANT", "1")
+    cu = [0, 700, 5700, 5700, 9000]
+    args = cuda(1, cu[-1], 4, 128, 128, (1, 1, 4), cu=cu)
+    y, state = ops.ssd_scan(**args)
+    one = dict(args, cu_seqlens=None, **{k: args[k][:, 700:5700] for k in TIME})
+    one["initial_state"] = args["initial_state"][1:2]
+    want_y, want_state = ops.ssd_scan(**one)
+    assert torch.equal(y[:, 700:5700], want_y) and torch.equal(state[1], want_state[0])
+
+
+@gpu
+@on_both
 def test_ssd_scan_kernel_of_no_tokens_passes_the_states_through():
     for cu in (None, [0], [0, 0, 0]):
         args = cuda(1, 0, cu=cu)

@@ -75,7 +75,9 @@ def ssd_scan(
         The CUDA kernel rounds the operands of its matrix products (decayed scores, decayed x and,
         for reading, the state) to x's dtype; sums and the carried state are fp32.  In float16 a
         state beyond 65504 then overflows and decayed scores below 6e-8 are lost.
-        Deterministic, the gradients included, and independent of how sequences are packed.  A NaN
+        Deterministic, the gradients included, and independent of how sequences are packed; on
+        Hopper (sm_90) long sequences are cut into segments by the shape of the batch, which can
+        change last digits, or with ZEBRA_BATCH_INVARIANT=1 every 2048 tokens whatever it is.  A NaN
         stays in its sequence and reaches later tokens only (on CUDA: the tokens of its chunk of 64
         too).
     """

@@ -80,7 +80,8 @@ __device__ __forceinline__ void grid_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// ---- 8x8 matrices of 16-bit elements [9.7.14.5.15]; lane i gives the address of row i % 8 of matrix i / 8.
+// ---- 8x8 matrices of 16-bit elements [9.7.14.5.15]; lane i gives the address of row i % 8 of
+// matrix i / 8.
 
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t addr) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -108,7 +109,8 @@ __device__ __forceinline__ void stmatrix_x4_trans(std::uint32_t addr, std::uint3
                : "memory");
 }
 
-// ---- elementary functions, hardware approximations: relative error about 2^-22 (ex2), 2^-11 (tanh).
+// ---- elementary functions, hardware approximations: relative error about 2^-22 (ex2), 2^-11
+// (tanh).
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -1,4 +1,5 @@
-// Bulk tensor copies between global and shared memory [PTX ISA 9.7.9.25.5].  One thread issues them.
+// Bulk tensor copies between global and shared memory [PTX ISA 9.7.9.25.5].  One thread issues
+// them.
 #pragma once
 
 #include <cuda.h>

@@ -48,7 +48,8 @@ inline Status encode_tensor_map(CUtensorMap* map, bool bf16, const void* base,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
-    return {"cuTensorMapEncodeTiled refused a tensor (base and strides must be multiples of 16 bytes)"};
+    return {
+        "cuTensorMapEncodeTiled refused a tensor (base and strides must be multiples of 16 bytes)"};
   return {};
 }
 

@@ -1,13 +1,14 @@
-// Warpgroup matrix products (sm_90a) [PTX ISA 9.7.15]: D[64, N] += A[64, 16] B[16, N], fp32 accumulators.
+// Warpgroup matrix products (sm_90a) [PTX ISA 9.7.15]: D[64, N] += A[64, 16] B[16, N], fp32
+// accumulators.
 //
-// One warpgroup (128 threads, first warp index a multiple of 4) issues them together.  Thread t holds of
-// D, with g = t % 32 / 4, c = t % 4, w = t / 32 % 4:  d[4 j + 2 i + k] = D[16 w + 8 i + g][8 j + 2 c + k].
-// A from registers has the layout of that D rounded to 16 bits: a[2 * half + i] = rows 8 i + g, columns
-// 8 half + 2 c + {0, 1} of a 64 x 16 slice.
+// One warpgroup (128 threads, first warp index a multiple of 4) issues them together.  Thread t
+// holds of D, with g = t % 32 / 4, c = t % 4, w = t / 32 % 4:  d[4 j + 2 i + k] = D[16 w + 8 i +
+// g][8 j + 2 c + k]. A from registers has the layout of that D rounded to 16 bits: a[2 * half + i]
+// = rows 8 i + g, columns 8 half + 2 c + {0, 1} of a 64 x 16 slice.
 //
-// Operands in shared memory are tiles of 128-byte rows in the 128-byte swizzle that TMA writes: 16-byte
-// unit u of row r lies at unit u ^ (r % 8).  A tile is 64 elements wide; wider operands are several
-// tiles, `kTileBytes` apart.
+// Operands in shared memory are tiles of 128-byte rows in the 128-byte swizzle that TMA writes:
+// 16-byte unit u of row r lies at unit u ^ (r % 8).  A tile is 64 elements wide; wider operands are
+// several tiles, `kTileBytes` apart.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,10 +19,10 @@
 namespace zebra::sm90 {
 
 // Descriptor of a swizzled operand at byte address `addr`: `leading` and `stride` are byte offsets.
-//   K-major (rows are m or n, 64 elements of k a tile): stride 1024 (8 rows); advance k by 16: +32 bytes.
-//   MN-major (rows are k): leading = distance of the next 64 columns, stride 1024; advance k by 16: +2048.
-__device__ __forceinline__ std::uint64_t wgmma_descriptor(std::uint32_t addr,
-                                                          std::uint32_t leading,
+//   K-major (rows are m or n, 64 elements of k a tile): stride 1024 (8 rows); advance k by 16: +32
+//   bytes. MN-major (rows are k): leading = distance of the next 64 columns, stride 1024; advance k
+//   by 16: +2048.
+__device__ __forceinline__ std::uint64_t wgmma_descriptor(std::uint32_t addr, std::uint32_t leading,
                                                           std::uint32_t stride = 1024) {
   constexpr std::uint64_t kSwizzle128 = 1ull << 62;
   return (addr & 0x3ffffu) >> 4 | static_cast<std::uint64_t>(leading >> 4) << 16 |
@@ -38,8 +39,8 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[kSize]) {
 #pragma unroll
   for (float& v : d) asm volatile("" : "+f"(v)::"memory");
 }
-// Registers written by ordinary code are ready for the wgmma that follow.  Name the accumulators that
-// ordinary code has written.
+// Registers written by ordinary code are ready for the wgmma that follow.  Name the accumulators
+// that ordinary code has written.
 template <int... kSizes>
 __device__ __forceinline__ void wgmma_fence(float (&... accumulators)[kSizes]) {
   (wgmma_hold(accumulators), ...);
@@ -60,11 +61,11 @@ __device__ __forceinline__ void wgmma_wait(float (&... accumulators)[kSizes]) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define ZEBRA_D32(d, i) ZEBRA_D8(d, i), ZEBRA_D8(d, i + 8), ZEBRA_D8(d, i + 16), ZEBRA_D8(d, i + 24)
-#define ZEBRA_P32                                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
+#define ZEBRA_P32                                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define ZEBRA_P64                                                                               \
-  ZEBRA_P32                                                                                     \
+#define ZEBRA_P64                                                                                \
+  ZEBRA_P32                                                                                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
@@ -75,12 +76,12 @@ enum class Major { kK = 0, kMN = 1 };
 template <typename T>
 __device__ __forceinline__ void wgmma_ss(float (&d)[32], std::uint64_t a, std::uint64_t b,
                                          bool accumulate) {
-#define ZEBRA_SS(TYPE)                                                                       \
-  asm volatile(                                                                              \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                            \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" ZEBRA_P32             \
-      "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                      \
-      : ZEBRA_D32(d, 0)                                                                      \
+#define ZEBRA_SS(TYPE)                                                           \
+  asm volatile(                                                                  \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                               \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" ZEBRA_P32 \
+      "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                         \
+      : ZEBRA_D32(d, 0)                                                          \
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
     ZEBRA_SS("bf16");
@@ -93,12 +94,12 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[32], std::uint64_t a, std::u
 template <typename T, Major kMajor>
 __device__ __forceinline__ void wgmma_rs(float (&d)[32], const std::uint32_t (&a)[4],
                                          std::uint64_t b, bool accumulate = true) {
-#define ZEBRA_RS(TYPE)                                                                       \
-  asm volatile(                                                                              \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                            \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" ZEBRA_P32             \
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"                                      \
-      : ZEBRA_D32(d, 0)                                                                      \
+#define ZEBRA_RS(TYPE)                                                                         \
+  asm volatile(                                                                                \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                             \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" ZEBRA_P32               \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"                                       \
+      : ZEBRA_D32(d, 0)                                                                        \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
         "n"(static_cast<int>(kMajor)))
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
@@ -110,12 +111,12 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[32], const std::uint32_t (&a
 template <typename T, Major kMajor>
 __device__ __forceinline__ void wgmma_rs(float (&d)[64], const std::uint32_t (&a)[4],
                                          std::uint64_t b, bool accumulate = true) {
-#define ZEBRA_RS(TYPE)                                                                       \
-  asm volatile(                                                                              \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                            \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" ZEBRA_P64            \
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"                                      \
-      : ZEBRA_D32(d, 0), ZEBRA_D32(d, 32)                                                    \
+#define ZEBRA_RS(TYPE)                                                                         \
+  asm volatile(                                                                                \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                             \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" ZEBRA_P64              \
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"                                       \
+      : ZEBRA_D32(d, 0), ZEBRA_D32(d, 32)                                                      \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
         "n"(static_cast<int>(kMajor)))
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
