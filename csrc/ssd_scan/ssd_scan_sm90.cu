@@ -13,6 +13,8 @@
 //                z and y (48), two of masked scores (16), sums of squares (9), four of decays (4).
 // Barriers       full / empty of a stage, of decays, of scores; z there, y there; squares, 1 / rms.
 // Bound          HBM by bytes (3090 clk a chunk); measured, the latencies of the state warps.
+// Tested         on an H200 before two fixes that have not run on a GPU yet: the diagonal of the
+//                scores in fp32, and no launch for zero sequences.
 #include <cstring>
 
 #include "common/cuda/launch.h"
