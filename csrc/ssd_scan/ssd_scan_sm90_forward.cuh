@@ -10,7 +10,7 @@ constexpr int kForwardThreads = 512;
 constexpr int kLoadRegisters = 48, kScoreRegisters = 64, kStateRegisters = 200;
 
 // C, B and x of every chunk: one thread.
-template <int kP, int kN>
+template <int kP>
 __device__ __forceinline__ void load_walk(const SsdArgs& a) {
   constexpr int kHeads = 128 / kP;
   using S = Smem<kHeads>;
@@ -488,7 +488,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
     if (warp == 0) norm_walk<kP>(a);
     if (warp == 1) decay_walk<T, kHeads, false>(a);
     if (warp == 2) gate_store_walk<kP>(a);
-    if (warp == 3 && threadIdx.x % 32 == 0) load_walk<kP, kN>(a);
+    if (warp == 3 && threadIdx.x % 32 == 0) load_walk<kP>(a);
   } else if (warp < 8) {
     registers_decrease<kScoreRegisters>();
     score_walk<T, kP, kN>(a);
