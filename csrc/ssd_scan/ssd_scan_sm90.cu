@@ -127,7 +127,8 @@ Status ssd_scan_sm90(const SsdScanParams& p, void* workspace, cudaStream_t strea
   args.cfg = config_of(p);
   constexpr std::int64_t kInt = std::int64_t{1} << 31;
   const SsdScanSm90Config& c = args.cfg;
-  if (p.tokens >= kInt - 2 * kSsdChunk || c.line >= kInt || c.items >= kInt || c.state_items >= kInt)
+  if (p.tokens >= kInt - 2 * kSsdChunk || c.line >= kInt || c.items >= kInt ||
+      c.state_items >= kInt)
     return {"x must have fewer than 2^31 tokens, and sequences times heads be below 2^31"};
   if (p.sequences == 0 || args.cfg.items == 0) return {};
   const SsdStrides y = {p.tokens * p.heads * p.head_dim, p.heads * p.head_dim, p.head_dim};

@@ -33,10 +33,10 @@ struct SsdScanSm90Shape {
   bool norm;
 };
 
-// How the work is cut.  Neighbouring head slots form a bundle: their CTAs walk side by side and share
-// what they read through L2.  All chunks of all sequences of all bundles stand in one
-// line, sequence after sequence; the line is cut into units of equal length, and a unit is walked by
-// the CTAs of its bundle.  Where a cut falls inside a sequence, a first kernel walks what lies before
+// How the work is cut.  Neighbouring head slots form a bundle: their CTAs walk side by side and
+// share what they read through L2.  All chunks of all sequences of all bundles stand in one line,
+// sequence after sequence; the line is cut into units of equal length, and a unit is walked by the
+// CTAs of its bundle.  Where a cut falls inside a sequence, a first kernel walks what lies before
 // it for the state alone.
 struct SsdScanSm90Config {
   int heads;                       // of a CTA: 128 / P
@@ -82,7 +82,7 @@ constexpr std::int64_t ssd_scan_snap(std::int64_t at, std::int64_t grains, int s
 
 namespace detail {
 
-constexpr double kSsdStart = 1.5;       // a CTA's first loads and last stores, in chunks of its walk
+constexpr double kSsdStart = 1.5;  // a CTA's first loads and last stores, in chunks of its walk
 constexpr double kSsdStateChunk = 0.18;  // a chunk of the walk for the states
 constexpr double kSsdStateStart = 1.2;   // its first loads and the store of a state
 constexpr double kSsdStateLaunch = 1;    // a second kernel
@@ -116,12 +116,14 @@ constexpr SsdCuts ssd_scan_time(std::int64_t lines, std::int64_t grains, std::in
   SsdCuts best = {waves * (static_cast<double>(size) + kSsdStart * pieces), units, 0};
   if (walked == 0) return best;
   const double main = best.time;
-  for (int shift = 0; shift <= 2; ++shift) {
+  for (int shift = 0; shift <= 3; ++shift) {
     const std::int64_t cuts = std::int64_t{1} << shift;
     const double part = static_cast<double>(ceil_div(longest, cuts));
-    const double even = static_cast<double>(walked) / static_cast<double>(at_once);
     const double parts = static_cast<double>(ceil_div(walks * cuts, at_once));
-    const double states = parts * kSsdStateStart + kSsdStateChunk * (even > part ? even : part);
+    const double even = static_cast<double>(walked) / static_cast<double>(at_once);
+    const double walk =
+        0.5 * (even + parts * part);  // between evenly and all as long as the longest
+    const double states = parts * kSsdStateStart + kSsdStateChunk * walk;
     const double folds = kSsdFold * static_cast<double>(cuts) * waves;
     const double time = main + kSsdStateLaunch + states + folds;
     if (shift == 0 || time < best.time) best = {time, units, shift};

@@ -64,7 +64,8 @@ __device__ __forceinline__ void compute_decays(Decays* out, const float (&step)[
   }
 }
 
-// The same for the walk for the states, which takes two chunks at a time: tokens 4 lane to 4 lane + 3.
+// The same for the walk for the states, which takes two chunks at a time: tokens 4 lane to 4 lane
+// + 3.
 template <typename T, int kHeads>
 __device__ __forceinline__ void compute_decays(PairDecays* out, const float (&step)[kHeads][4],
                                                const float (&rate)[kHeads]) {
@@ -126,8 +127,8 @@ __device__ __forceinline__ void decay_walk(const SsdArgs& a, int warp, int warps
     chunk.head = piece.head;
     chunk.valid = piece.tokens - at.chunk * kQ;
     const int token = at.chunk * kQ + kTokens * lane;
-    const std::int64_t offset = piece.row * p.dt_stride.batch +
-                                (piece.first + token) * p.dt_stride.token + piece.head;
+    const std::int64_t offset =
+        piece.row * p.dt_stride.batch + (piece.first + token) * p.dt_stride.token + piece.head;
 #pragma unroll
     for (int k = 0; k < kHeads; ++k)
 #pragma unroll
@@ -170,7 +171,7 @@ __device__ __forceinline__ void decay_walk(const SsdArgs& a, int warp, int warps
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
         const std::uint32_t bits = now.bits[k][i];
-        const float dt = wide ? __uint_as_float(bits)
+        const float dt = wide                             ? __uint_as_float(bits)
                          : p.dt_dtype == DType::kBFloat16 ? unpack<__nv_bfloat16>(bits).x
                                                           : unpack<__half>(bits).x;
         const float d = dt + bias[k];

@@ -7,8 +7,8 @@
 namespace zebra::sm90 {
 
 constexpr int kForwardThreads = 512;
-// Registers of a thread: loads, stores, decays and norm; scores; states (two warpgroups).  Of 512 in
-// all.
+// Registers of a thread: loads, stores, decays and norm; scores; states (two warpgroups).  Of 512
+// in all.
 constexpr int kLoadRegisters = 40;
 constexpr int score_registers(int state_dim) { return state_dim == 64 ? 88 : 72; }
 constexpr int state_registers(int state_dim) { return state_dim == 64 ? 192 : 200; }
@@ -272,7 +272,9 @@ struct StateWalk {
     float h[kRegs], Y[32];
     start(item, head, h);
     const int of = kHeads == 2 ? unit : 0;
-    const int held = item.hold(lane);
+    int* const held =
+        reinterpret_cast<int*>(shared_memory + S::kHeldPieces) + warp * Pieces<false>::kHeld;
+    item.hold(held);
     bool begun = false;
     for (int left = item.tokens; left > 0; left -= kQ, begun = true) {
       const std::uint32_t stage = base + S::kTiles + r.slot * cfg.stage_bytes;
@@ -301,15 +303,14 @@ struct StateWalk {
         const float decay = d.e[kQ - 1];
 #pragma unroll
         for (int i = 0; i < kRegs; ++i) h[i] *= decay;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) ldmatrix_x4_trans(x[k], x_tile + k * 2048);
         wgmma_wait<0>(next);
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) ldmatrix_x4_trans(x[k], x_tile + k * 2048);
-#pragma unroll
       for (int k = 0; k < 4; ++k) scale_tokens<T>(xw[k], x[k], d.w + 8 * k, lane);
       mbarrier_wait(base + S::kZyFull + 8 * z.slot, z.phase);
-      const std::uint32_t z_tile =
-          base + a.cfg.zy_offset + (2 * z.slot + unit) * kTile + offset;
+      const std::uint32_t z_tile = base + a.cfg.zy_offset + (2 * z.slot + unit) * kTile + offset;
       std::uint32_t zs[4][4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) ldmatrix_x4_trans(zs[k], z_tile + k * 2048);

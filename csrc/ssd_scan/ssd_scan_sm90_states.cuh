@@ -33,8 +33,8 @@ __device__ __forceinline__ void load_states_walk(const SsdArgs& a) {
           if (k == 0 || !cfg.share_b)
             tma_load_5d(tile + k * cfg.b_step, &a.B, bar, 0, token, 0, head / per_b, item.row);
           if (k == 0 || cfg.x_step != 0)
-            tma_load_5d(tile + cfg.x_offset - cfg.b_offset + k * cfg.x_step, &a.x, bar, 0, token,
-                        0, head / per_x, item.row);
+            tma_load_5d(tile + cfg.x_offset - cfg.b_offset + k * cfg.x_step, &a.x, bar, 0, token, 0,
+                        head / per_x, item.row);
         }
       }
       r.advance(cfg.state_stages);
@@ -56,7 +56,7 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
   const std::uint32_t offset =
       keep(matrix_offset()) + cfg.x_offset - cfg.b_offset + unit * cfg.x_step;
   const int lane = keep(static_cast<int>(threadIdx.x % 32));
-  Ring r, x;           // of the product, of the scaling
+  Ring r, x;            // of the product, of the scaling
   unsigned number = 0;  // of the step, over all pieces
   for (Pieces<true> item(a); item.next();) {
     float h[kRegs];

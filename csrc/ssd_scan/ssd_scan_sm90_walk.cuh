@@ -57,12 +57,12 @@ struct Pieces {
   int head;           // first of the CTA
   int sequence, row;  // sequence and batch row
   int first, tokens;
-  int grain;          // of the sequence that the piece begins with
-  bool last;          // piece of its sequence
-  // Of the next piece.  In the walk for the states: the first unit to look at (at) and the unfinished
-  // ones before it (grain).
+  int grain;  // of the sequence that the piece begins with
+  bool last;  // piece of its sequence
+  // Of the next piece.  In the walk for the states: the first unit to look at (at) and the
+  // unfinished ones before it (grain).
   Place at = {};
-  int left = 0;       // grains of the unit from there
+  int left = 0;  // grains of the unit from there
 
   __device__ __forceinline__ explicit Pieces(const SsdArgs& args) : a(args) {}
 
@@ -86,20 +86,20 @@ struct Pieces {
     return left < kQ ? left : kQ;
   }
 
-  // What the next piece and the end of this one need, one value a lane of a single register: the
-  // walks of the states have none to spare.
-  __device__ __forceinline__ int hold(int lane) const {
-    const int values[] = {item, left, at.bundle, at.sequence, at.grain, head, sequence, last};
-    int held = 0;
+  // Keeps in shared memory what the next piece and the end of this one need, kHeld values a warp:
+  // the walks of the states have no registers to spare.
+  static constexpr int kHeld = 8;
+  __device__ __forceinline__ void hold(int* place) const {
+    const int values[kHeld] = {item, left, at.bundle, at.sequence, at.grain, head, sequence, last};
+    if (threadIdx.x % 32 == 0)
 #pragma unroll
-    for (int i = 0; i < 8; ++i) held = lane == i ? values[i] : held;
-    return held;
+      for (int i = 0; i < kHeld; ++i) place[i] = values[i];
+    __syncwarp();
   }
-  __device__ __forceinline__ void restore(int held) {
-    int* const values[] = {&item, &left, &at.bundle, &at.sequence, &at.grain, &head, &sequence};
-#pragma unroll
-    for (int i = 0; i < 7; ++i) *values[i] = __shfl_sync(~0u, held, i);
-    last = __shfl_sync(~0u, held, 7);
+  __device__ __forceinline__ void restore(const int* place) {
+    item = place[0], left = place[1];
+    at.bundle = place[2], at.sequence = place[3], at.grain = place[4];
+    head = place[5], sequence = place[6], last = place[7];
   }
 
   // Of the grains of a unit that ends at `end`, those it leaves of an unfinished sequence.
@@ -192,10 +192,12 @@ struct Smem {
   static constexpr int kZyFull = kDecayEmpty + 8 * kSsdDecaySlots, kYFull = kZyFull + 8 * 3;
   static constexpr int kPmFull = kYFull + 8 * 3, kPmEmpty = kPmFull + 8 * kSsdPmSlots;
   static constexpr int kSquaresFull = kPmEmpty + 8 * kSsdPmSlots, kRstdFull = kSquaresFull + 8;
+  static constexpr int kHeldPieces = 256;             // Pieces of the 8 warps of states
   static constexpr int kRstd = 512;                   // float [heads][64]: 1 / rms of the tokens
   static constexpr int kDecays = kRstd + 2 * kQ * 4;  // Decays [slots][heads]
   static constexpr int kTiles = ssd_scan_sm90_tiles_offset(kHeads);
-  static_assert(kRstdFull + 8 <= kRstd);
+  static_assert(kRstdFull + 8 <= kHeldPieces);
+  static_assert(kHeldPieces + 8 * Pieces<false>::kHeld * 4 <= kRstd);
   static_assert(kDecays + kSsdDecaySlots * kHeads * 4 * kQ * 4 <= kTiles && kTiles % 1024 == 0);
 };
 

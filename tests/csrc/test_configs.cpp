@@ -92,9 +92,9 @@ void ssd_scan_tiles_fit() {
   // One wave of the 132 multiprocessors of an H200 where it can be had.
   constexpr zebra::SsdScanSm90Config c =
       zebra::select_ssd_scan_sm90_config({2, 0, 8192, 32, 8, 8, 32, 128, 128, true}, 132, false);
-  static_assert(c.items <= 132 && c.items >= 128 && c.width == 4 && c.stages == 3 &&
-                    c.zy_slots == 3,
-                "the 8B layer, 2 x 8192");
+  static_assert(
+      c.items <= 132 && c.items >= 128 && c.width == 4 && c.stages == 3 && c.zy_slots == 3,
+      "the 8B layer, 2 x 8192");
 }
 
 }  // namespace
