@@ -41,13 +41,25 @@ __device__ __forceinline__ void narrow(float2 v, __nv_bfloat162& to) {
   to = __float22bfloat162_rn(v);
 }
 
+// An assignment would be split into four where the vector was loaded from the same place.
+__device__ __forceinline__ void store_words(void* dst, uint4 v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(dst)),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(dst) = v;
+#endif
+}
+
 // One vector of `count` elements; more than one pair means aligned 16-byte access, count being all.
+
 template <typename T, int kPairs>
 __device__ __forceinline__ void load_some(const T* src, int count, Pair<T> (&dst)[kPairs]) {
   if constexpr (kPairs > 1) {
-    const auto v = *reinterpret_cast<const Vec<Pair<T>, kPairs>*>(src);
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) dst[i] = v.v[i];
+    static_assert(sizeof(dst) == sizeof(uint4));
+    const uint4 words = *reinterpret_cast<const uint4*>(src);
+    memcpy(dst, &words, sizeof(words));
   } else {
     dst[0].x = src[0];
     dst[0].y = count > 1 ? src[1] : src[0];
@@ -56,10 +68,10 @@ __device__ __forceinline__ void load_some(const T* src, int count, Pair<T> (&dst
 template <typename T, int kPairs>
 __device__ __forceinline__ void store_some(T* dst, int count, const Pair<T> (&src)[kPairs]) {
   if constexpr (kPairs > 1) {
-    Vec<Pair<T>, kPairs> v;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) v.v[i] = src[i];
-    *reinterpret_cast<Vec<Pair<T>, kPairs>*>(dst) = v;
+    static_assert(sizeof(src) == sizeof(uint4));
+    uint4 words;
+    memcpy(&words, src, sizeof(words));
+    store_words(dst, words);
   } else {
     dst[0] = src[0].x;
     if (count > 1) dst[1] = src[0].y;
