@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ SERVED = "kernel + torch's cuDNN or flash attention (bfloat16, float16); composi
 _aten, _zebra = torch.ops.aten, torch.ops.zebra
 _VEC = 8  # 16-bit elements of the 16 bytes that the kernels move
 _CUDNN_FIRST = 91501  # with earlier versions torch itself avoids lengths that 128 does not divide
+_CUDNN_TILE = 128  # tokens of cuDNN's largest tile
 
 
 class Problem(NamedTuple):
@@ -57,16 +59,25 @@ class Libraries(NamedTuple):
         major, _ = torch.cuda.get_device_capability(device)
         version = torch.backends.cudnn.version() or 0
         cudnn = torch.backends.cuda.cudnn_sdp_enabled() and version >= _CUDNN_FIRST
+        # In this mode torch lays out cuDNN's log-sum-exp in another way.
+        cudnn = cudnn and not os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE")
         return cls(cudnn and major in (9, 10), torch.backends.cuda.flash_sdp_enabled())
 
 
-def choose(p: Problem, libraries: Libraries, deterministic: bool = False) -> str:
+def choose(
+    p: Problem, libraries: Libraries, *, backward: bool = False, deterministic: bool = False
+) -> str:
     """Name the library for a problem: the fastest one that takes it.
+
+    Either library's backward pass takes the other's output and log-sum-exp.  Measured on an H100
+    (torch 2.11, cuDNN 9.19): cuDNN was faster than flash in both passes of every model shape, and
+    neither repeated KV heads nor copied values paid for themselves.
 
     Args:
         p: the problem.
         libraries: what the device has.
-        deterministic: of gradients; cuDNN adds up dq in no fixed order.
+        backward: whether for the gradients.
+        deterministic: whether gradients must be; cuDNN adds up dq in no fixed order.
 
     Returns:
         "cudnn", "flash", or "composite" where neither takes the shape.
@@ -79,7 +90,13 @@ def choose(p: Problem, libraries: Libraries, deterministic: bool = False) -> str
     # for packed sequences plans anew in every call.
     square = p.T == p.S or not p.causal
     takes = (same and width <= 128) or (width, p.v_dim) == (192, 128)
-    if libraries.cudnn and takes and square and p.S > 1 and not (p.packed or deterministic):
+    takes = takes and square and p.S > 1 and not p.packed
+    if backward:
+        # Behind the last token of a partial tile cuDNN takes exp(-lse) unmasked, up to 9.26 at
+        # least: NaN where all of a row's scores are below -88.  It also crashes on one query.
+        whole = p.T % _CUDNN_TILE == 0 and p.S % _CUDNN_TILE == 0
+        takes = takes and whole and not deterministic
+    if libraries.cudnn and takes:
         return CUDNN
     return FLASH if libraries.flash and same and width <= 256 else COMPOSITE
 
@@ -96,9 +113,13 @@ def forward(
     """Output and log-sum-exp of mla_attention, contiguous."""
     q, key, value = _operands(q, kv, k_rope)
     if library == CUDNN:
-        o, lse = _aten._scaled_dot_product_cudnn_attention(
-            *(t.transpose(1, 2) for t in (q, key, value)), None, True, 0.0, causal, scale=scale
-        )[:2]
+        heads_first = [t.transpose(1, 2) for t in (q, key, value)]
+        o, lse = _planned(
+            "forward", heads_first, causal,
+            lambda: _aten._scaled_dot_product_cudnn_attention(
+                *heads_first, None, True, 0.0, causal, scale=scale
+            ),
+        )[:2]  # fmt: skip
         return o.transpose(1, 2).contiguous(), _by_token(lse.reshape(o.shape[:3]))
     rows = [t if cu_seqlens is None else t[0] for t in (q, key, value)]
     o, lse = _aten._flash_attention_forward(
@@ -128,9 +149,13 @@ def backward(
     if library == CUDNN:
         if _cudnn_lse_dims() == 4:
             lse = lse[..., None]
-        grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            *(t.transpose(1, 2) for t in (do, q, key, value, o)), lse, seed, offset, None, None,
-            None, q.size(1), key.size(1), 0.0, causal, scale=scale,
+        heads_first = [t.transpose(1, 2) for t in (q, key, value)]
+        grads = _planned(
+            "backward", heads_first, causal,
+            lambda: _aten._scaled_dot_product_cudnn_attention_backward(
+                do.transpose(1, 2), *heads_first, o.transpose(1, 2), lse, seed, offset, None, None,
+                None, q.size(1), key.size(1), 0.0, causal, scale=scale,
+            ),
         )  # fmt: skip
         dq, dkey, dvalue = (t.transpose(1, 2) for t in grads)
     else:
@@ -144,6 +169,32 @@ def backward(
         dq, dkey, dvalue = (t[None] if packed else t for t in grads)
     dkv, dk_rope = _zebra._mla_attention_key_gradients(dkey, dvalue, nope)
     return dq.contiguous(), dkv, dk_rope
+
+
+# Where cuDNN finds no plan, torch (2.11 to 2.13) raises, but leaves an empty one in its cache, and
+# the next call of the same shape would read through a null pointer: such a call is not made.
+_refused: dict[tuple[object, ...], str] = {}
+
+
+def _planned(
+    name: str, operands: list[Tensor], causal: bool, call: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """``call()`` of cuDNN on q, keys and values [B, heads, tokens, width], or the error it gave."""
+    key = (name, causal, *((t.device, t.dtype, t.shape, t.stride()) for t in operands))
+    if key not in _refused:
+        try:
+            return call()
+        except torch.OutOfMemoryError:  # of tensors: whatever plan there is stays usable
+            raise
+        except RuntimeError as error:
+            shapes = ", ".join(str(list(t.shape)) for t in operands)
+            _refused[key] = (
+                f"mla_attention: cuDNN's {name} pass refused q, keys and values [B, heads, tokens, "
+                f"width] of {shapes}: {str(error).splitlines()[0]}; "
+                f"torch.backends.cuda.enable_cudnn_sdp(False) serves them in another way"
+            )
+            raise RuntimeError(_refused[key]) from error
+    raise RuntimeError(_refused[key])
 
 
 def _operands(q: Tensor, kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,9 +55,10 @@ def mla_attention(
         of threads; on CUDA 16-bit gradients are where torch.use_deterministic_algorithms is on.
 
     CUDA, 16 bit: cuDNN's attention on Hopper and later (equal widths of keys and values up to 128,
-    or 192 and 128; causal with T = S or not causal), else torch's flash attention (equal widths up
-    to 256), both with Dn, E and Dv multiples of 8; any other shape, and gradients through lse, in
-    PyTorch operations.
+    or 192 and 128; causal with T = S or not causal; its gradients where 128 divides T and S), else
+    torch's flash attention (equal widths up to 256), both with Dn, E and Dv multiples of 8; any
+    other shape, and gradients through lse, in PyTorch operations.  The switches of
+    torch.backends.cuda turn either library off.  A shape that cuDNN refuses raises.
     """
     return torch.ops.zebra.mla_attention(q, kv, k_rope, scale, cu_seqlens, causal)
 
@@ -214,7 +215,9 @@ def _mla_attention_backward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = library.Problem.of(q, kv, k_rope, cu_seqlens, causal)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    served = library.choose(problem, library.Libraries.on(q.device), deterministic)
+    served = library.choose(
+        problem, library.Libraries.on(q.device), backward=True, deterministic=deterministic
+    )
     if served == library.COMPOSITE or dlse is not None:  # no library takes lse's gradient
         return _mla_attention_backward_composite(
             do, dlse, q, kv, k_rope, o, lse, scale, cu_seqlens, causal
