@@ -2,6 +2,8 @@
 #include <cstdio>
 #include <initializer_list>
 
+#include "common/token_tile.h"
+#include "rms_norm/rms_norm.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_sm90_config.h"
 
@@ -18,6 +20,16 @@ int failures = 0;
       std::printf("\n");                                                   \
     }                                                                      \
   } while (0)
+
+void token_tiles_cover_a_token() {
+  for (std::int64_t vecs = 0; vecs <= 20000; ++vecs) {
+    const zebra::TokenTile t = zebra::select_token_tile(vecs);
+    const long n = static_cast<long>(vecs);
+    EXPECT(t.x % 32 == 0 && t.x >= 32 && t.x * t.y <= 256 && t.y >= 1, "%ld vectors", n);
+    EXPECT(t.passes * t.x >= vecs && (t.passes - 1) * t.x < vecs + 1, "%ld vectors", n);
+    EXPECT(t.passes * t.x - vecs < 32 * (t.passes > 1 ? t.passes : 1), "%ld vectors", n);
+  }
+}
 
 void rms_norm_tiles_cover_a_row() {
   for (std::int64_t dim = 1; dim <= 70000; dim += dim < 600 ? 1 : 97)
@@ -100,6 +112,7 @@ void ssd_scan_tiles_fit() {
 }  // namespace
 
 int main() {
+  token_tiles_cover_a_token();
   rms_norm_tiles_cover_a_row();
   ssd_scan_tiles_fit();
   std::printf(failures == 0 ? "configs: all promises hold\n" : "configs: %d failures\n", failures);
