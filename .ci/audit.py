@@ -21,6 +21,7 @@ FAST_PATH = {
     "sm_90": {
         "rms_norm_fwd_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "rms_norm_bwd_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
+        "mla_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
         "ssd_scan_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
     },
     "sm_90a": {
