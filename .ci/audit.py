@@ -25,6 +25,7 @@ FAST_PATH = {
         "ssd_scan_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
     },
     "sm_90a": {
+        "mla_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"UTMALDG\.3D"),
         "ssd_scan_forward_kernel": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.5D", r"UTMASTG\.5D"),
         "ssd_scan_states_kernel": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.5D"),
     },

@@ -41,6 +41,8 @@ constexpr std::int64_t kMlaDecodeCpuSplit = 512;
 // bytes, which depends on shapes only.
 std::int64_t mla_decode_cuda_workspace(const MlaDecodeParams& p);
 Status mla_decode_cuda(const MlaDecodeParams& p, void* workspace, CUstream_st* stream);
+Status mla_decode_portable(const MlaDecodeParams& p, void* workspace, CUstream_st* stream);
+Status mla_decode_sm90(const MlaDecodeParams& p, void* workspace, CUstream_st* stream);
 
 }  // namespace zebra
 

@@ -8,12 +8,13 @@
 
 namespace zebra {
 
-constexpr int kMlaBlock = 32;       // cached tokens of a stage
+constexpr int kMlaBlock = 32;       // cached tokens that a warp attends to at once
+constexpr int kMlaTmaStage = 64;    // cached tokens of a stage that TMA brings; cp.async: a block
 constexpr int kMlaWarps = 8;        // of a CTA
 constexpr int kMlaMostSlots = 8;    // stages of one stream
 constexpr int kMlaQFromSmem = 192;  // latent ranks from here on keep q in shared memory
 constexpr int kMlaMergeColumns = 32, kMlaMergeStride = 40;  // floats; rows meet no bank twice
-constexpr int kMlaMergeOffset = 3072;  // schedule and softmax statistics lie before it
+constexpr int kMlaMergeOffset = 4096;  // schedule and softmax statistics lie before it
 constexpr int kMlaFixedBytes =
     kMlaMergeOffset + kMlaWarps * 16 * kMlaMergeStride * 4;  // before q and the stages
 constexpr int kMlaSm90SmemBytes = 232448;                    // shared memory of a CTA on sm_90
@@ -23,6 +24,19 @@ struct MlaInstance {
 };
 constexpr MlaInstance kMlaInstances[] = {{64, 32},  {64, 64},  {96, 64},  {128, 32},
                                          {128, 64}, {160, 64}, {192, 64}, {256, 64}};
+
+// The instance that serves a shape that mla_decode_takes().
+constexpr MlaInstance mla_decode_instance(std::int64_t rank, std::int64_t rope) {
+  for (const MlaInstance& i : kMlaInstances)
+    if (i.rank >= rank && i.rope >= rope) return i;
+  return {0, 0};
+}
+
+// Whether TMA can bring the cache's rows: pages of whole stages, and no column to fill with zeros.
+constexpr bool mla_decode_tma_takes(std::int64_t rank, std::int64_t rope, std::int64_t page) {
+  const MlaInstance i = mla_decode_instance(rank, rope);
+  return page % kMlaTmaStage == 0 && rank == i.rank && rope == i.rope;
+}
 
 // Whether a kernel takes latents of this rank with this many rope columns.
 constexpr bool mla_decode_takes(std::int64_t rank, std::int64_t rope) {
@@ -35,18 +49,21 @@ struct MlaDecodeShape {
   std::int64_t rank, rope;  // mla_decode_takes() them
   std::int64_t max_tokens;  // that the block table has room for
   std::int64_t split_size;  // 0: cut by the batch; otherwise every sequence at its multiples
+  bool tma;                 // stages of kMlaTmaStage tokens
 };
 
 // An item is one pass of one sequence: 16 * groups of its rows over all its tokens.  A team of
-// `groups` warps, 16 rows each, shares the stages of one stream of tokens.
+// groups x halves warps shares the stages of one stream of tokens: a warp attends with 16 rows to
+// one of `halves` parts of a stage.
 struct MlaDecodeConfig {
   int rank, rope;  // of the instance
-  int groups, passes;
+  int stage;       // tokens
+  int groups, passes, halves;
   int streams, slots;  // of a CTA; stages of a stream
   int q_offset, ring_offset, smem_bytes;
   int ctas;
-  int item_cost;          // of an item's start and end, in blocks
-  std::int64_t split;     // tokens of a piece, a multiple of kMlaBlock; 0: a CTA's share is a piece
+  int item_cost;          // of an item's start and end, in stages
+  std::int64_t split;     // tokens of a piece, whole stages; 0: a CTA's share is a piece
   std::int64_t pieces;    // of an item at most, where split > 0
   std::int64_t partials;  // results of pieces that are kept until they are combined
   bool unit_per_item;     // a combination is listed by item; otherwise by the CTA that begins it
@@ -61,12 +78,11 @@ constexpr std::int64_t kMlaUnitBytes = 32;
 constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std::int64_t sms,
                                                    int smem_limit) {
   MlaDecodeConfig c = {};
-  for (const MlaInstance& i : kMlaInstances) {
-    c.rank = i.rank, c.rope = i.rope;
-    if (i.rank >= s.rank && i.rope >= s.rope) break;
-  }
+  const MlaInstance instance = mla_decode_instance(s.rank, s.rope);
+  c.rank = instance.rank, c.rope = instance.rope;
+  c.stage = s.tma ? kMlaTmaStage : kMlaBlock;
   const int width = c.rank + c.rope;
-  const int stage = kMlaBlock * width * 2;
+  const int stage = c.stage * width * 2;
   c.groups = 1;
   while (c.groups < kMlaWarps && c.groups * 16 < s.rows) c.groups *= 2;
   int slots = 0;
@@ -76,19 +92,20 @@ constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std:
     slots = (smem_limit - c.ring_offset) / stage;
     if (slots >= 2 || c.groups == 1) break;
   }
-  c.streams = kMlaWarps / c.groups;
+  c.halves = c.groups < kMlaWarps ? c.stage / kMlaBlock : 1;
+  c.streams = kMlaWarps / (c.groups * c.halves);
   while (c.streams > 1 && slots / c.streams < 2) c.streams /= 2;
   c.slots = slots / c.streams < kMlaMostSlots ? slots / c.streams : kMlaMostSlots;
   c.smem_bytes = c.ring_offset + c.streams * c.slots * stage;
   c.passes = static_cast<int>(ceil_div<std::int64_t>(s.rows, 16 * c.groups));
 
   const std::int64_t items = s.batch * c.passes;
-  const std::int64_t item_blocks = ceil_div<std::int64_t>(s.max_tokens, kMlaBlock);
-  c.split = round_up<std::int64_t>(s.split_size, kMlaBlock);
+  const std::int64_t item_blocks = ceil_div<std::int64_t>(s.max_tokens, c.stage);
+  c.split = round_up<std::int64_t>(s.split_size, kMlaTmaStage);
   c.pieces = c.split > 0 ? ceil_div(s.max_tokens, c.split) : 1;
   const std::int64_t work = items * (c.split > 0 ? c.pieces : item_blocks);
   c.ctas = static_cast<int>(work < 1 ? 1 : work < sms ? work : sms);
-  c.item_cost = items < sms || c.split > 0 ? 0 : 2;
+  c.item_cost = items < sms || c.split > 0 ? 0 : kMlaTmaStage / c.stage;
   c.unit_per_item = c.split > 0 || items <= c.ctas;
   c.units = c.unit_per_item ? items : c.ctas;
   const bool cut = c.split > 0 ? c.pieces > 1 : c.ctas > 1;

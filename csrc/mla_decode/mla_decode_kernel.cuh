@@ -4,11 +4,10 @@
 // Computes       o and lse of mla_decode.h for latent queries, R up to 256, E up to 64.
 //                Derivation: docs/kernels/mla_decode.md.
 // Grid           persistent, one CTA a multiprocessor; mla_decode_schedule.cuh deals the tokens.
-// Warps          8.  A team of `groups` warps, 16 query rows each, shares one of 8 / groups streams
-//                of 32-token stages; no CTA-wide barrier but where an item ends.
-// Stage          32 cached rows [c | k_rope], as tiles of 64 columns in rows of 128 bytes (16-byte
-//                unit u of row r at u ^ (r % 8)), 32 columns left over in rows of 64 bytes (u at
-//                u ^ (r / 2 % 4)).  The same tile is K (plain) and V (transposed on the way out).
+// Warps          8.  A team of `groups` (query rows, 16 each) x `halves` (of a stage) warps shares
+//                one stream of stages; no barrier beyond the team but where an item ends.
+// Stage          32 cached rows (TMA: 64), mla_decode_load.cuh: the same tile is K (plain) and V
+//                (transposed on the way out of shared memory).
 // Registers      scores and probabilities never leave them; q does from R = 192 on.
 // Softmax        base 2, relative to a reference that moves only when a score exceeds it by 2^20
 //                (fp16: 2^8): probabilities are floating point, so nothing is lost by a late move.
@@ -17,109 +16,17 @@
 
 #include <type_traits>
 
-#include "mla_decode/mla_decode_ptx.cuh"
-#include "mla_decode/mla_decode_schedule.cuh"
+#include "mla_decode/mla_decode_load.cuh"
 
 namespace zebra {
 namespace {
 
-// What a kernel is compiled for, and the layout of its stages.
-template <int kRank_, int kRope_>
-struct MlaShape {
-  static constexpr int kRank = kRank_, kRope = kRope_, kWidth = kRank + kRope;
-  static constexpr int kTiles = kWidth / 64;
-  static constexpr bool kHalf = kWidth % 64 != 0;  // 32 columns in a tile of their own
-  static constexpr int kTileBytes = kMlaBlock * 128;
-  static constexpr int kHalfOffset = kTiles * kTileBytes;
-  static constexpr int kStageBytes = kMlaBlock * kWidth * 2;
-  static constexpr int kSteps = kWidth / 16;
-  static constexpr bool kQFromSmem = kRank >= kMlaQFromSmem;
-  static_assert(kRank % 32 == 0 && kWidth % 32 == 0 && kRank <= kTiles * 64,
-                "the latent lies in whole tiles");
-};
+// Shared memory of every warp of 16 rows that only masked stages need: tokens that each row sees.
+constexpr int kMlaLimitsOffset = kMlaMergeOffset - kMlaWarps * 64;
 
-// ---- loading --------------------------------------------------------------------------------
-
-// Copies the blocks of one stream, a few stages ahead of the warps that use them.  Every warp of a
-// team copies a part of every stage.
-template <typename S>
-struct MlaLoader {
-  MlaWalk walk;
-  int token;       // of the next block
-  int entry, row;  // the lane's token of it: page and row in the page
-  bool more;
-
-  __device__ __forceinline__ void look_up(const MlaArgs& a) {
-    entry = row = 0;
-    const int mine = token + static_cast<int>(threadIdx.x % 32);
-    if (!more || mine >= walk.end) return;
-    const int page = static_cast<int>(a.p.page);
-    const int index = mine / page;
-    row = mine - index * page;
-    entry = __ldg(a.p.block_table + walk.b * a.p.table_stride + index);
-  }
-  // To the stream's next block.
-  __device__ __forceinline__ void advance(const MlaArgs& a, const MlaShare& s, int stream) {
-    token += kMlaBlock * a.c.streams;
-    while (more && token >= walk.end) {
-      more = walk.advance(a, s);
-      token = walk.token + kMlaBlock * stream;
-    }
-    look_up(a);
-  }
-  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaShare& s, int stream) {
-    walk.begin(a, s);
-    more = true;
-    token = 0;
-    advance(a, s, stream);
-  }
-  // Starts the copy of the next block into a stage.  Rows past the end become zeros.
-  __device__ __forceinline__ void copy(const MlaArgs& a, unsigned stage, int group) const {
-    const int lane = threadIdx.x % 32, unit = lane % 8;
-    const int page = min(max(entry, 0), static_cast<int>(a.p.pages) - 1);
-    const std::int64_t mine = 2 * (page * a.p.page_stride + row * a.p.row_stride);
-    const int shift = 2 * (S::kRank - static_cast<int>(a.p.R));  // rope columns lie closer
-    const int rank = static_cast<int>(a.p.R), rope = static_cast<int>(a.p.E);
-    for (int i = group; i < 8; i += a.c.groups) {
-      const int r = 4 * i + lane / 8;
-      const bool valid = token + r < walk.end;
-      const char* src =
-          static_cast<const char*>(a.p.cache) + __shfl_sync(kWarp, mine, r) + unit * 16;
-#pragma unroll
-      for (int tile = 0; tile < S::kTiles + S::kHalf; ++tile) {
-        const int column = tile * 64 + unit * 8;
-        const bool is_rope = column >= S::kRank;
-        const bool used = is_rope ? column - S::kRank < rope : column < rank;
-        const char* from = src + tile * 128 - (is_rope ? shift : 0);
-        if (tile < S::kTiles) {
-          const unsigned to = stage + tile * S::kTileBytes + r * 128 + ((unit ^ (r & 7)) << 4);
-          if (used) copy_async(to, from, valid);
-        } else if (unit < 4) {
-          const unsigned to = stage + S::kHalfOffset + r * 64 + ((unit ^ (r >> 1 & 3)) << 4);
-          if (used) copy_async(to, from, valid);
-        }
-      }
-    }
-  }
-};
-
-// Zeros where the cache's rows are narrower than the instance; copies never touch it.
-template <typename S>
-__device__ __forceinline__ void mla_clear_padding(const MlaArgs& a, unsigned ring) {
-  const int rank = static_cast<int>(a.p.R), rope = static_cast<int>(a.p.E);
-  if (rank == S::kRank && rope == S::kRope) return;
-  const unsigned zeros[4] = {0, 0, 0, 0};
-  constexpr int kUnits = S::kWidth / 8;
-  const int rows = a.c.streams * a.c.slots * kMlaBlock;
-  for (int i = threadIdx.x; i < rows * kUnits; i += blockDim.x) {
-    const int unit = i % kUnits, row = i / kUnits, column = unit * 8;
-    if (column < S::kRank ? column < rank : column - S::kRank < rope) continue;
-    const unsigned stage = ring + row / kMlaBlock * S::kStageBytes;
-    const int r = row % kMlaBlock, tile = unit / 8, u = unit % 8;
-    const unsigned at = tile < S::kTiles ? tile * S::kTileBytes + r * 128 + ((u ^ (r & 7)) << 4)
-                                         : S::kHalfOffset + r * 64 + ((u ^ (r >> 1 & 3)) << 4);
-    store_shared(stage + at, zeros);
-  }
+__device__ __forceinline__ int* mla_limits() {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  return reinterpret_cast<int*>(smem + kMlaLimitsOffset) + threadIdx.x / 32 * 16;
 }
 
 // ---- one warp's 16 rows ---------------------------------------------------------------------
@@ -129,8 +36,7 @@ struct MlaRows {
   unsigned q[S::kQFromSmem ? 1 : S::kSteps][4];
   unsigned q_address;  // where q lies in shared memory
   float o[S::kRank / 8][4];
-  float reference[2], threshold[2], sum[2];  // of rows g and g + 8; the sum is the lane's part
-  int limit[2];                              // cached tokens that the row sees
+  float reference[2], sum[2];  // of rows g and g + 8; the sum is the lane's part
 
   // The fragment of q for columns 16 step .. 16 step + 15.
   __device__ __forceinline__ void read_q(const MlaArgs& a, const char* const (&row)[2], int step,
@@ -153,48 +59,53 @@ struct MlaRows {
 
   // Opens an item; `row` is the warp's first, among `rows` of the sequence.
   __device__ __forceinline__ void begin(const MlaArgs& a, const MlaWalk& walk, int row, int rows,
-                                        int stream, int barrier) {
+                                        int worker, int workers, int barrier) {
     const int g = threadIdx.x % 32 / 4;
     const int heads = static_cast<int>(a.p.H), tokens = static_cast<int>(a.p.T);
     const char* source[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int mine = row + g + 8 * i, token = mine / heads, head = mine - token * heads;
-      limit[i] = mine < rows ? walk.length - tokens + token + 1 : 0;
+      if (threadIdx.x % 4 == 0)
+        mla_limits()[g + 8 * i] = mine < rows ? walk.length - tokens + token + 1 : 0;
       source[i] = mine < rows ? static_cast<const char*>(a.p.q) +
                                     2 * (walk.b * a.p.q_stride[0] + token * a.p.q_stride[1] +
                                          head * a.p.q_stride[2])
                               : nullptr;
-      reference[i] = 0.f, threshold[i] = -kInfinity, sum[i] = 0.f;
+      reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
     }
+    __syncwarp();
 #pragma unroll
     for (int j = 0; j < S::kRank / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
     if constexpr (S::kQFromSmem) {
-      for (int step = stream; step < S::kSteps; step += a.c.streams) {
+      for (int step = worker; step < S::kSteps; step += workers) {
         unsigned fragment[4];
         read_q(a, source, step, fragment);
         store_shared(q_address + step * 512, fragment);
       }
-      named_barrier(barrier, 32 * a.c.streams);
+      named_barrier(barrier, 32 * workers);
     } else {
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) read_q(a, source, step, q[step]);
     }
   }
 
+  // Whether a score has left the reference of its row behind.
+  __device__ __forceinline__ bool is_left_behind(float top, int i) const {
+    return top > reference[i] + (std::is_same_v<T, __half> ? 8.f : 20.f);
+  }
+
   // Raises the reference of rows whose scores have left it behind.
   __device__ __forceinline__ void raise(float (&top)[2]) {
-    constexpr float kSlack = std::is_same_v<T, __half> ? 8.f : 20.f;
     float shrink[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       top[i] = fmaxf(top[i], __shfl_xor_sync(kWarp, top[i], 1));
       top[i] = fmaxf(top[i], __shfl_xor_sync(kWarp, top[i], 2));
       shrink[i] = 1.f;
-      if (top[i] > threshold[i]) {
-        shrink[i] = threshold[i] == -kInfinity ? 1.f : exp2_approx(reference[i] - top[i]);
+      if (is_left_behind(top[i], i)) {
+        shrink[i] = reference[i] == -kInfinity ? 1.f : exp2_approx(reference[i] - top[i]);
         reference[i] = top[i];
-        threshold[i] = top[i] + kSlack;
       }
       sum[i] *= shrink[i];
     }
@@ -204,13 +115,15 @@ struct MlaRows {
       for (int i = 0; i < 4; ++i) o[j][i] *= shrink[i / 2];
   }
 
-  // Attention over the 32 tokens of a stage, the first of which is `token` of the sequence.
-  __device__ __forceinline__ void attend(unsigned stage, float scale, int token, bool is_masked) {
+  // Attention over 32 tokens of a stage, `skip` rows into it; the first is `token` of the sequence.
+  __device__ __forceinline__ void attend(unsigned stage, int skip, float scale, int token,
+                                         bool is_masked) {
     const unsigned lane = threadIdx.x % 32, x = lane & 7;
     // Blocks of K: (tokens 0-7, columns 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15).
     const unsigned k_row = x + (lane >> 4 & 1) * 8, k_unit = lane >> 3 & 1;
-    const unsigned k_tile = stage + k_row * 128 + ((k_unit ^ x) << 4);
-    const unsigned k_half = stage + S::kHalfOffset + k_row * 64 + ((k_unit ^ (x >> 1)) << 4);
+    const unsigned k_tile = stage + skip * 128 + k_row * 128 + ((k_unit ^ x) << 4);
+    const unsigned k_half =
+        stage + S::kHalfOffset + skip * 64 + k_row * 64 + ((k_unit ^ (x >> 1)) << 4);
     float s[4][4] = {};
 #pragma unroll
     for (int step = 0; step < S::kSteps; ++step) {
@@ -239,6 +152,7 @@ struct MlaRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] *= scale;
     if (is_masked) {
+      const int limit[2] = {mla_limits()[lane / 4], mla_limits()[lane / 4 + 8]};
       const int first = token + 2 * static_cast<int>(lane % 4);
 #pragma unroll
       for (int n = 0; n < 4; ++n)
@@ -250,14 +164,16 @@ struct MlaRows {
     for (int n = 0; n < 4; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
-    if (__any_sync(kWarp, top[0] > threshold[0] || top[1] > threshold[1])) raise(top);
+    if (__any_sync(kWarp, is_left_behind(top[0], 0) || is_left_behind(top[1], 1))) raise(top);
+    const float base[2] = {reference[0] == -kInfinity ? 0.f : reference[0],
+                           reference[1] == -kInfinity ? 0.f : reference[1]};
 
     unsigned p[2][4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[n][i] = exp2_approx(s[n][i] - reference[i / 2]);
+        s[n][i] = exp2_approx(s[n][i] - base[i / 2]);
         sum[i / 2] += s[n][i];
       }
       p[n / 2][n % 2 * 2] = pack<T>(s[n][0], s[n][1]);
@@ -266,7 +182,7 @@ struct MlaRows {
 
     // Blocks of V: (tokens 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
     const unsigned v_row = x + (lane >> 3 & 1) * 8, v_unit = lane >> 4 & 1;
-    const unsigned v_tile = stage + v_row * 128 + ((v_unit ^ x) << 4);
+    const unsigned v_tile = stage + skip * 128 + v_row * 128 + ((v_unit ^ x) << 4);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -287,13 +203,13 @@ struct MlaMerge {
   float* columns;        // [warps][16][kMlaMergeStride]
 };
 
-// Adds the results of a group's streams and writes them: the item's o and lse, or a partial result.
-// The group's warps call it together; streams without tokens bring zeros.
+// Adds the results of a group's workers, the warps with the same rows, and writes them: the item's
+// o and lse, or a partial result.  They call it together; those without tokens bring zeros.
 template <typename T, typename S>
 __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows, const MlaMerge& m,
-                                           const MlaWalk& walk, int stream, int group,
+                                           const MlaWalk& walk, int worker, int workers, int group,
                                            int barrier) {
-  const int streams = a.c.streams, groups = a.c.groups, warp = threadIdx.x / 32;
+  const int groups = a.c.groups, warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float scale[2];
 #pragma unroll
@@ -301,21 +217,20 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
     float sum = rows.sum[i];
     sum += __shfl_xor_sync(kWarp, sum, 1);
     sum += __shfl_xor_sync(kWarp, sum, 2);
-    const bool any = rows.threshold[i] != -kInfinity;
-    if (t == 0) m.stats[warp][g + 8 * i] = {any ? rows.reference[i] : -kInfinity, sum};
+    if (t == 0) m.stats[warp][g + 8 * i] = {rows.reference[i], sum};
   }
-  named_barrier(barrier, 32 * streams);
+  named_barrier(barrier, 32 * workers);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float top = -kInfinity, sum = 0.f;
-    for (int s = 0; s < streams; ++s) top = fmaxf(top, m.stats[s * groups + group][g + 8 * i].x);
+    for (int s = 0; s < workers; ++s) top = fmaxf(top, m.stats[s * groups + group][g + 8 * i].x);
     const float base = top == -kInfinity ? 0.f : top;
-    for (int s = 0; s < streams; ++s) {
+    for (int s = 0; s < workers; ++s) {
       const float2 v = m.stats[s * groups + group][g + 8 * i];
       sum += v.y * exp2_approx(v.x - base);
     }
     scale[i] = exp2_approx(m.stats[warp][g + 8 * i].x - base);
-    if (stream == 0 && t == 0) m.merged[group][g + 8 * i] = {top, sum};
+    if (worker == 0 && t == 0) m.merged[group][g + 8 * i] = {top, sum};
   }
 
   const std::int64_t partial = walk.partial(a);
@@ -335,11 +250,11 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
       *reinterpret_cast<float2*>(to) = {o[0] * scale[0], o[1] * scale[0]};
       *reinterpret_cast<float2*>(to + 8 * kStride) = {o[2] * scale[1], o[3] * scale[1]};
     }
-    named_barrier(barrier, 32 * streams);
-    for (int i = stream * 32 + lane; i < 16 * kStep / 4; i += 32 * streams) {
+    named_barrier(barrier, 32 * workers);
+    for (int i = worker * 32 + lane; i < 16 * kStep / 4; i += 32 * workers) {
       const int r = i / (kStep / 4), column = i % (kStep / 4) * 4;
       float4 v = {};
-      for (int s = 0; s < streams; ++s) {
+      for (int s = 0; s < workers; ++s) {
         const float4 part = *reinterpret_cast<const float4*>(
             m.columns + ((s * groups + group) * 16 + r) * kStride + column);
         v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
@@ -357,14 +272,14 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
             packed;
       }
     }
-    if (c == 0 && stream == 0 && lane < 16 && first + lane < all) {
+    if (c == 0 && worker == 0 && lane < 16 && first + lane < all) {
       const float2 v = m.merged[group][lane];
       if (partial >= 0)
         a.stats[kept + lane] = v;
       else
         static_cast<float*>(a.p.lse)[out + lane] = mla_lse(v.x, v.y);
     }
-    named_barrier(barrier, 32 * streams);
+    named_barrier(barrier, 32 * workers);
   }
 }
 
@@ -387,67 +302,110 @@ __device__ __forceinline__ void mla_write_empty(const MlaArgs& a) {
 
 // ---- kernels --------------------------------------------------------------------------------
 
-template <typename T, int kRank, int kRope>
+template <typename T, int kRank, int kRope, bool kTma>
 __global__ void __launch_bounds__(32 * kMlaWarps, 1)
-    mla_decode_kernel(const __grid_constant__ MlaArgs a) {
-  using S = MlaShape<kRank, kRope>;
+    mla_decode_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaMaps maps) {
+  using S = MlaShape<kRank, kRope, kTma>;
   extern __shared__ __align__(1024) unsigned char smem[];
   grid_launch_dependents();
   int* const scratch = reinterpret_cast<int*>(smem);
   const MlaMerge merge = {reinterpret_cast<float2(*)[16]>(smem + 512),
                           reinterpret_cast<float2(*)[16]>(smem + 512 + kMlaWarps * 128),
                           reinterpret_cast<float*>(smem + kMlaMergeOffset)};
-  static_assert(512 + 2 * kMlaWarps * 128 <= kMlaMergeOffset, "statistics fit before the merge");
+  constexpr int kMlaShareOffset = 512 + 2 * kMlaWarps * 128;
+  constexpr int kMlaWalksOffset = kMlaShareOffset + sizeof(MlaShare);
+  static_assert(kMlaWalksOffset + 2 * kMlaWarps * sizeof(MlaWalk) <= kMlaLimitsOffset,
+                "statistics and walks fit before the merge");
+  MlaWalk* const walks = reinterpret_cast<MlaWalk*>(smem + kMlaWalksOffset);
   const unsigned ring = shared_address(smem + a.c.ring_offset);
+  const unsigned barriers = shared_address(smem + 64);  // a stage each, TMA only
+  static_assert(64 + kMlaWarps / 2 * kMlaMostSlots * 8 <= 512, "barriers fit before statistics");
 
-  mla_clear_padding<S>(a, ring);
-  const MlaShare share = mla_share(a, scratch);
+  if (kTma && threadIdx.x == 0) {
+    for (int i = 0; i < a.c.streams * a.c.slots; ++i) mbarrier_init(barriers + 8 * i, 1);
+    mbarrier_init_fence();
+  }
+  if (!kTma) mla_clear_padding<S>(a, ring);
+  MlaShare& share = *reinterpret_cast<MlaShare*>(smem + kMlaShareOffset);
+  {
+    const MlaShare found = mla_share(a, scratch);
+    if (threadIdx.x == 0) share = found;
+  }
   if (threadIdx.x == 0 && !a.c.unit_per_item && a.c.units > 0) a.units[blockIdx.x] = MlaUnit{};
   mla_write_empty<T>(a);
   __syncthreads();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int groups = a.c.groups, streams = a.c.streams, slots = a.c.slots;
-  const int stream = warp / groups, group = warp % groups;
+  const int groups = a.c.groups, halves = kTma ? a.c.halves : 1, team = groups * halves;
+  const int streams = a.c.streams, slots = a.c.slots;
+  const int stream = warp / team, member = warp % team, half = member / groups;
+  const int group = member % groups;
   if (stream >= streams) return;
+  const int worker = stream * halves + half, workers = streams * halves;
   const int team_barrier = 1 + stream, group_barrier = 1 + streams + group;
   const unsigned stages = ring + stream * slots * S::kStageBytes;
+  const unsigned full = barriers + stream * slots * 8;
   const float scale = static_cast<float>(a.p.scale * 1.44269504088896340736);
   const int rows = static_cast<int>(a.p.T * a.p.H), tokens = static_cast<int>(a.p.T);
 
-  MlaLoader<S> loader;
-  loader.begin(a, share, stream);
-  for (int i = 0; i < slots - 1; ++i) {
-    if (loader.more) loader.copy(a, stages + i * S::kStageBytes, group);
-    copy_commit();
-    if (loader.more) loader.advance(a, share, stream);
-  }
+  MlaLoader<S> loader = {walks[2 * warp]};
+  if (!kTma || member == 0) loader.begin(a, share, stream);
+  const auto refill = [&](int slot) {
+    const unsigned stage = stages + slot * S::kStageBytes;
+    if constexpr (kTma) {
+      if (member != 0 || !loader.more) return;
+      loader.fetch(a, maps, stage, full + 8 * slot);
+      __syncwarp();
+      loader.advance(a, share, stream);
+    } else {
+      if (loader.more) loader.copy(a, stage, group);
+      copy_commit();
+      if (loader.more) loader.advance(a, share, stream);
+    }
+  };
+  for (int i = 0; i < slots - 1; ++i) refill(i);
 
   MlaRows<T, S> mine;
   mine.q_address = shared_address(smem + a.c.q_offset) + group * S::kSteps * 512 +
                    static_cast<unsigned>(lane) * 16;
-  MlaWalk walk;
-  walk.begin(a, share);
+  MlaWalk& walk = walks[2 * warp + 1];
+  if (lane == 0) walk.begin(a, share);
   int slot = 0;
-  while (walk.advance(a, share)) {
+  unsigned phase = 0;
+  while (mla_advance(walk, a, share)) {
+    const int end = walk.end, open = walk.length - tokens + 1;  // tokens that every row sees
     const int row = (walk.pass * groups + group) * 16;
     const bool is_active = row < rows;  // by warp; the others of its group agree
-    if (is_active) mine.begin(a, walk, row, rows, stream, group_barrier);
-    for (int token = walk.token + kMlaBlock * stream; token < walk.end;
-         token += kMlaBlock * streams) {
-      copy_wait(slots - 2);
-      named_barrier(team_barrier, 32 * groups);
-      // Every warp of the team is done with the stage before this one: refill it.
-      const int free = slot == 0 ? slots - 1 : slot - 1;
-      if (loader.more) loader.copy(a, stages + free * S::kStageBytes, group);
-      copy_commit();
-      if (loader.more) loader.advance(a, share, stream);
-      const bool is_masked = token + kMlaBlock > walk.length - tokens + 1;
-      if (is_active) mine.attend(stages + slot * S::kStageBytes, scale, token, is_masked);
-      slot = slot + 1 == slots ? 0 : slot + 1;
+    if (is_active) mine.begin(a, walk, row, rows, worker, workers, group_barrier);
+    for (int token = walk.token + S::kStage * stream; token < end; token += S::kStage * streams) {
+      // The team's copies of this stage have landed (cp.async: after the barrier), and it is done
+      // with the stage before, which is refilled.
+      if (!kTma) copy_wait(slots - 2);
+      named_barrier(team_barrier, 32 * team);
+      refill(slot == 0 ? slots - 1 : slot - 1);
+      const unsigned stage = stages + slot * S::kStageBytes;
+      if constexpr (kTma) {
+        mbarrier_wait(full + 8 * slot, phase);
+        __syncwarp();
+        if (end - token < S::kStage) {
+          mla_clear_tail<S>(stage, end - token, member * 32 + lane, 32 * team);
+          fence_async_proxy();
+          named_barrier(team_barrier, 32 * team);
+        }
+      }
+      if (is_active) {
+#pragma unroll 1
+        for (int skip = kMlaBlock * half; skip < S::kStage; skip += kMlaBlock * halves) {
+          const int first = token + skip;
+          if (first >= end) break;
+          const bool is_masked = first + kMlaBlock > open;
+          mine.attend(stage, skip, scale, first, is_masked);
+        }
+      }
+      if (++slot == slots) slot = 0, phase ^= 1;
     }
     if (threadIdx.x == 0) walk.list(a, share);
-    if (is_active) mla_finish<T, S>(a, mine, merge, walk, stream, group, group_barrier);
+    if (is_active) mla_finish<T, S>(a, mine, merge, walk, worker, workers, group, group_barrier);
   }
 }
 

@@ -51,6 +51,54 @@ __device__ __forceinline__ void copy_wait(int pending) {
   }
 }
 
+// ---- TMA (sm_90 and later) ------------------------------------------------------------------
+
+__device__ __forceinline__ void mbarrier_init(unsigned bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the copy engine; then a CTA barrier, before first use.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Arrives and announces `bytes` that asynchronous copies will bring.
+__device__ __forceinline__ void mbarrier_expect(unsigned bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+}
+// Returns when the phase of the given parity has completed.
+__device__ __forceinline__ void mbarrier_wait(unsigned bar, unsigned parity) {
+#ifdef DEBUG_WAIT
+  const long long start = clock64();
+#endif
+  for (;;) {
+    unsigned done;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+    if (done) return;
+#ifdef DEBUG_WAIT
+    if (clock64() - start > 4000000000ll) __trap();
+#endif
+  }
+}
+// A box of a [page, row, column] map, whose bytes arrive at the barrier.
+__device__ __forceinline__ void tma_load(unsigned dst, const void* map, unsigned bar, int column,
+                                         int row, int page) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
+      "l"(map), "r"(bar), "r"(column), "r"(row), "r"(page)
+      : "memory");
+}
+// Orders this thread's stores to shared memory before later writes of TMA to the same place.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // ---- shared memory --------------------------------------------------------------------------
 
 // Four 8 x 8 blocks; lane l gives the address of row l % 8 of block l / 8.

@@ -2,7 +2,7 @@
 // the device knows.
 //
 // A line of work units: for every item (sequence b, pass) with tokens, `item_cost` units that stand
-// for its start and end, then its blocks of kMlaBlock tokens (its pieces of `split` tokens where
+// for its start and end, then its stages of tokens (its pieces of `split` tokens where
 // split > 0).  CTA i of n takes units [total i / n, total (i + 1) / n) and walks the pieces in
 // them.
 #pragma once
@@ -43,7 +43,7 @@ __device__ __forceinline__ int mla_length(const MlaArgs& a, int b) {
 }
 // Units of a sequence's items, each.
 __device__ __forceinline__ int mla_units(const MlaArgs& a, int length) {
-  const int size = a.c.split > 0 ? static_cast<int>(a.c.split) : kMlaBlock;
+  const int size = a.c.split > 0 ? static_cast<int>(a.c.split) : a.c.stage;
   return length / size + (length % size != 0);
 }
 __device__ __forceinline__ int mla_weight(const MlaArgs& a, int b) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
   MlaShare s = {};
 #pragma unroll
   for (int w = 0; w < kMlaWarps; ++w) s.total += scratch[w];
-  // At least a block for every stream of a CTA.
+  // At least a stage for every stream of a CTA.
   const int least = a.c.split > 0 ? 1 : a.c.streams;
   s.ctas = max(1, min(static_cast<int>(gridDim.x), s.total / least));
   const int cta = blockIdx.x;
@@ -107,7 +107,8 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
   return s;
 }
 
-// Walks the pieces of a share in order.
+// Walks the pieces of a share in order.  Every warp keeps its walks in shared memory, where they
+// take no registers from the products; mla_advance() moves them.
 struct MlaWalk {
   int b, pass, start;     // the item and where it starts on the line
   int length, units;      // of the item
@@ -151,10 +152,10 @@ struct MlaWalk {
       }
       open(a, s);
     }
-    const int size = a.c.split > 0 ? static_cast<int>(a.c.split) : kMlaBlock;
+    const int size = a.c.split > 0 ? static_cast<int>(a.c.split) : a.c.stage;
     token = next * size;
     next = a.c.split > 0 ? next + 1 : until;
-    // next * size may pass 2^31 where the last block is not full
+    // next * size may pass 2^31 where the last stage is not full
     end = next == units ? length : next * size;
     return true;
   }
@@ -190,6 +191,15 @@ struct MlaWalk {
       a.units[blockIdx.x] = u;
   }
 };
+
+// walk.advance() for a warp whose lanes all read `walk` in shared memory.
+__device__ __forceinline__ bool mla_advance(MlaWalk& walk, const MlaArgs& a, const MlaShare& s) {
+  __syncwarp();
+  bool more = false;
+  if (threadIdx.x % 32 == 0) more = walk.advance(a, s);
+  __syncwarp();
+  return __shfl_sync(0xffffffffu, static_cast<int>(more), 0) != 0;
+}
 
 }  // namespace
 }  // namespace zebra

@@ -46,7 +46,7 @@ def mla_decode(
         num_kv_heads: G, with kv_b_weight.
         kv_lora_rank: R, without kv_b_weight.
         split_size: cached tokens of one partial result, 0 for automatic (512 on the CPU; by the
-            batch on CUDA, where a value, rounded up to a multiple of 32, makes the result of a
+            batch on CUDA, where a value, rounded up to a multiple of 64, makes the result of a
             sequence independent of the rest of the batch); results for two values differ by fp32
             rounding only.
 
