@@ -21,6 +21,29 @@
 namespace zebra {
 namespace {
 
+// What a thread is.  A piece's end asks anew, through thread_index(), so that the answers take no
+// registers while the stages pass.
+struct MlaPlace {
+  int warp, lane, halves, team, stream, member, half, group;
+  int worker, workers;  // among the warps with the same rows
+  int group_barrier;    // of those
+
+  __device__ __forceinline__ MlaPlace(const MlaArgs& a, bool tma, int thread)
+      : warp(thread / 32), lane(thread % 32), halves(tma ? a.c.halves : 1) {
+    const int groups = a.c.groups;
+    team = groups * halves, stream = warp / team, member = warp % team;
+    half = member / groups, group = member % groups;
+    worker = stream * halves + half, workers = a.c.streams * halves;
+    group_barrier = 1 + a.c.streams + group;
+  }
+};
+
+__device__ __forceinline__ int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Shared memory of every warp of 16 rows that only masked stages need: tokens that each row sees.
 constexpr int kMlaLimitsOffset = kMlaMergeOffset - kMlaWarps * 64;
 
@@ -59,7 +82,7 @@ struct MlaRows {
 
   // Opens an item; `row` is the warp's first, among `rows` of the sequence.
   __device__ __forceinline__ void begin(const MlaArgs& a, const MlaWalk& walk, int row, int rows,
-                                        int worker, int workers, int barrier) {
+                                        const MlaPlace& place) {
     const int g = threadIdx.x % 32 / 4;
     const int heads = static_cast<int>(a.p.H), tokens = static_cast<int>(a.p.T);
     const char* source[2];
@@ -78,12 +101,12 @@ struct MlaRows {
 #pragma unroll
     for (int j = 0; j < S::kRank / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
     if constexpr (S::kQFromSmem) {
-      for (int step = worker; step < S::kSteps; step += workers) {
+      for (int step = place.worker; step < S::kSteps; step += place.workers) {
         unsigned fragment[4];
         read_q(a, source, step, fragment);
         store_shared(q_address + step * 512, fragment);
       }
-      named_barrier(barrier, 32 * workers);
+      named_barrier(place.group_barrier, 32 * place.workers);
     } else {
 #pragma unroll
       for (int step = 0; step < S::kSteps; ++step) read_q(a, source, step, q[step]);
@@ -207,10 +230,11 @@ struct MlaMerge {
 // o and lse, or a partial result.  They call it together; those without tokens bring zeros.
 template <typename T, typename S>
 __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows, const MlaMerge& m,
-                                           const MlaWalk& walk, int worker, int workers, int group,
-                                           int barrier) {
-  const int groups = a.c.groups, warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+                                           const MlaWalk& walk) {
+  const MlaPlace place(a, S::kTma, thread_index());
+  const int worker = place.worker, workers = place.workers, group = place.group;
+  const int groups = a.c.groups, barrier = place.group_barrier, warp = place.warp;
+  const int lane = place.lane, g = lane / 4, t = lane % 4;
   float scale[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -335,14 +359,12 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
   mla_write_empty<T>(a);
   __syncthreads();
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int groups = a.c.groups, halves = kTma ? a.c.halves : 1, team = groups * halves;
-  const int streams = a.c.streams, slots = a.c.slots;
-  const int stream = warp / team, member = warp % team, half = member / groups;
-  const int group = member % groups;
+  const MlaPlace place(a, kTma, threadIdx.x);
+  const int warp = place.warp, lane = place.lane, stream = place.stream, member = place.member;
+  const int group = place.group, half = place.half, halves = place.halves, team = place.team;
+  const int groups = a.c.groups, streams = a.c.streams, slots = a.c.slots;
   if (stream >= streams) return;
-  const int worker = stream * halves + half, workers = streams * halves;
-  const int team_barrier = 1 + stream, group_barrier = 1 + streams + group;
+  const int team_barrier = 1 + stream;
   const unsigned stages = ring + stream * slots * S::kStageBytes;
   const unsigned full = barriers + stream * slots * 8;
   const float scale = static_cast<float>(a.p.scale * 1.44269504088896340736);
@@ -376,7 +398,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
     const int end = walk.end, open = walk.length - tokens + 1;  // tokens that every row sees
     const int row = (walk.pass * groups + group) * 16;
     const bool is_active = row < rows;  // by warp; the others of its group agree
-    if (is_active) mine.begin(a, walk, row, rows, worker, workers, group_barrier);
+    if (is_active) mine.begin(a, walk, row, rows, place);
     for (int token = walk.token + S::kStage * stream; token < end; token += S::kStage * streams) {
       // The team's copies of this stage have landed (cp.async: after the barrier), and it is done
       // with the stage before, which is refilled.
@@ -405,7 +427,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       if (++slot == slots) slot = 0, phase ^= 1;
     }
     if (threadIdx.x == 0) walk.list(a, share);
-    if (is_active) mla_finish<T, S>(a, mine, merge, walk, worker, workers, group, group_barrier);
+    if (is_active) mla_finish<T, S>(a, mine, merge, walk);
   }
 }
 
