@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_mla_decode import check, make
+from mla_decode_cases import check, make
 
 from zebra import _extension, ops
 from zebra.testing import relative_error
