@@ -12,12 +12,38 @@ constexpr int kMlaBlock = 32;       // cached tokens that a warp attends to at o
 constexpr int kMlaTmaStage = 64;    // cached tokens of a stage that TMA brings; cp.async: a block
 constexpr int kMlaWarps = 8;        // of a CTA
 constexpr int kMlaMostSlots = 8;    // stages of one stream
+constexpr int kMlaMostLanes = 32;   // of a combination
 constexpr int kMlaQFromSmem = 192;  // latent ranks from here on keep q in shared memory
 constexpr int kMlaMergeColumns = 32, kMlaMergeStride = 40;  // floats; rows meet no bank twice
-constexpr int kMlaMergeOffset = 4096;  // schedule and softmax statistics lie before it
+constexpr int kMlaMergeOffset = 6144;  // schedule and softmax statistics lie before it
 constexpr int kMlaFixedBytes =
     kMlaMergeOffset + kMlaWarps * 16 * kMlaMergeStride * 4;  // before q and the stages
-constexpr int kMlaSm90SmemBytes = 232448;                    // shared memory of a CTA on sm_90
+static_assert(kMlaFixedBytes % 1024 == 0, "stages lie where the swizzles of TMA repeat");
+constexpr int kMlaSm90SmemBytes = 232448;  // shared memory of a CTA on sm_90
+
+// Division of 0 .. 2^31 - 1 by a number of 1 .. 2^31 - 1 with a multiplication (Granlund and
+// Montgomery): n m / 2^p for p = 31 + ceil(log2 d), m = ceil(2^p / d) is floor(n / d).
+struct MlaDivisor {
+  int divisor;
+  unsigned multiplier, shift;
+
+#ifdef __CUDACC__
+  __device__ __forceinline__ int quotient(int n) const {
+    return divisor == 1 ? n : static_cast<int>(__umulhi(n, multiplier) >> shift);
+  }
+  __device__ __forceinline__ int rest(int n) const { return n - quotient(n) * divisor; }
+#endif
+};
+constexpr MlaDivisor mla_divisor(std::int64_t d) {
+  int bits = 0;
+  while ((std::int64_t{1} << bits) < d) ++bits;
+  const int p = 31 + bits;
+  const std::uint64_t power = std::uint64_t{1} << p;
+  const std::uint64_t m =
+      (power + static_cast<std::uint64_t>(d) - 1) / static_cast<std::uint64_t>(d);
+  return {static_cast<int>(d), static_cast<unsigned>(m),
+          static_cast<unsigned>(d == 1 ? 0 : p - 32)};
+}
 
 struct MlaInstance {
   int rank, rope;  // columns that a kernel is compiled for; more than the cache's are zero
@@ -68,7 +94,7 @@ struct MlaDecodeConfig {
   std::int64_t partials;  // results of pieces that are kept until they are combined
   bool unit_per_item;     // a combination is listed by item; otherwise by the CTA that begins it
   std::int64_t units;
-  int combine_warps;  // of one row
+  int combine_lanes;  // threads that share the partial results of one element
   // The workspace: statistics [partials, 16 groups] x 2, sums [partials, 16 groups, rank], units.
   std::int64_t sums_offset, units_offset, workspace_bytes;
 };
@@ -101,20 +127,30 @@ constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std:
 
   const std::int64_t items = s.batch * c.passes;
   const std::int64_t item_blocks = ceil_div<std::int64_t>(s.max_tokens, c.stage);
-  c.split = round_up<std::int64_t>(s.split_size, kMlaTmaStage);
+  constexpr std::int64_t kMostSplit = (std::int64_t{1} << 31) - kMlaTmaStage;
+  c.split =
+      s.split_size > kMostSplit ? kMostSplit : round_up<std::int64_t>(s.split_size, kMlaTmaStage);
   c.pieces = c.split > 0 ? ceil_div(s.max_tokens, c.split) : 1;
   const std::int64_t work = items * (c.split > 0 ? c.pieces : item_blocks);
   c.ctas = static_cast<int>(work < 1 ? 1 : work < sms ? work : sms);
+  // A few less where equal sequences then end where shares do: an end inside of a share costs more.
+  for (int n = c.ctas; n * 16 >= c.ctas * 15; --n)
+    if (c.ctas == sms && (items % n == 0 || n % items == 0)) {
+      c.ctas = n;
+      break;
+    }
   c.item_cost = items < sms || c.split > 0 ? 0 : kMlaTmaStage / c.stage;
   c.unit_per_item = c.split > 0 || items <= c.ctas;
   c.units = c.unit_per_item ? items : c.ctas;
   const bool cut = c.split > 0 ? c.pieces > 1 : c.ctas > 1;
   c.partials = !cut ? 0 : c.split > 0 ? items * c.pieces : 2 * c.ctas;
   if (!cut) c.units = 0;
-  // Partials of a row, about: a warp sums up to 4 of them.
-  const std::int64_t cuts = c.split > 0 ? c.pieces : ceil_div<std::int64_t>(c.ctas, items + 1) + 1;
-  c.combine_warps = 1;
-  while (c.combine_warps < kMlaWarps && c.combine_warps * 4 < cuts) c.combine_warps *= 2;
+  // Lanes for about half of the partial results that an item may have; with split_size a constant,
+  // because the order of summation must not depend on the batch.
+  const std::int64_t cuts = ceil_div<std::int64_t>(c.ctas, items < 1 ? 1 : items) + 1;
+  c.combine_lanes = c.split > 0 ? 8 : 1;
+  while (c.split == 0 && c.combine_lanes < kMlaMostLanes && c.combine_lanes * 2 < cuts)
+    c.combine_lanes *= 2;
   const std::int64_t rows = c.partials * 16 * c.groups;
   c.sums_offset = rows * 8;
   c.units_offset = c.sums_offset + rows * c.rank * 4;

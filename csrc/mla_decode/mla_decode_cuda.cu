@@ -22,13 +22,14 @@ Status mla_decode_cuda(const MlaDecodeParams& p, void* workspace, cudaStream_t s
 }
 
 Status mla_decode_portable(const MlaDecodeParams& p, void* workspace, cudaStream_t stream) {
+  const MlaDecodeConfig c = mla_config(p, false);
   MlaArgs a;
   std::memset(&a, 0, sizeof(a));
-  const Status s = mla_arguments(p, mla_config(p, false), workspace, a);
+  const Status s = mla_arguments(p, c, workspace, a);
   if (s.error != nullptr) return s;
   MlaMaps maps;
   std::memset(&maps, 0, sizeof(maps));
-  return mla_launch<false>(a, maps, stream);
+  return mla_launch<false>(p.dtype, a, c, maps, stream);
 }
 
 }  // namespace zebra

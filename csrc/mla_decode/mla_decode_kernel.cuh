@@ -24,17 +24,16 @@ namespace {
 // What a thread is.  A piece's end asks anew, through thread_index(), so that the answers take no
 // registers while the stages pass.
 struct MlaPlace {
-  int warp, lane, halves, team, stream, member, half, group;
+  int warp, lane, stream, member, half, group;
   int worker, workers;  // among the warps with the same rows
   int group_barrier;    // of those
 
-  __device__ __forceinline__ MlaPlace(const MlaArgs& a, bool tma, int thread)
-      : warp(thread / 32), lane(thread % 32), halves(tma ? a.c.halves : 1) {
-    const int groups = a.c.groups;
-    team = groups * halves, stream = warp / team, member = warp % team;
-    half = member / groups, group = member % groups;
-    worker = stream * halves + half, workers = a.c.streams * halves;
-    group_barrier = 1 + a.c.streams + group;
+  __device__ __forceinline__ MlaPlace(const MlaArgs& a, int thread)
+      : warp(thread / 32), lane(thread % 32) {
+    stream = warp >> a.log_team, member = warp & ((1 << a.log_team) - 1);
+    half = member >> a.log_groups, group = member & (a.groups - 1);
+    worker = stream * a.halves + half, workers = a.streams * a.halves;
+    group_barrier = 1 + a.streams + group;
   }
 };
 
@@ -61,55 +60,52 @@ struct MlaRows {
   float o[S::kRank / 8][4];
   float reference[2], sum[2];  // of rows g and g + 8; the sum is the lane's part
 
-  // The fragment of q for columns 16 step .. 16 step + 15.
-  __device__ __forceinline__ void read_q(const MlaArgs& a, const char* const (&row)[2], int step,
+  // The fragment of q for columns 16 step .. 16 step + 15; `c` and `rope` are the lane's places in
+  // the latent and the rope columns of its rows.
+  __device__ __forceinline__ void read_q(const MlaArgs& a, const char* const (&c)[2],
+                                         const char* const (&rope)[2], int step,
                                          unsigned (&fragment)[4]) const {
-    const int t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      int column = step * 16 + i / 2 * 8 + 2 * t;
-      bool used = column < static_cast<int>(a.p.R);
-      if (column >= S::kRank) {
-        column -= S::kRank;
-        used = column < static_cast<int>(a.p.E);
-        column += static_cast<int>(a.p.R);
-      }
-      const char* const at = row[i % 2];
-      fragment[i] =
-          used && at != nullptr ? __ldg(reinterpret_cast<const unsigned*>(at + column * 2)) : 0u;
+      const int column = step * 16 + i / 2 * 8;
+      const char* at =
+          column < S::kRank ? c[i % 2] + column * 2 : rope[i % 2] + (column - S::kRank) * 2;
+      const bool used = column < S::kRank ? column < a.R : column - S::kRank < a.E;
+      fragment[i] = used ? __ldg(reinterpret_cast<const unsigned*>(at)) : 0u;
     }
   }
 
-  // Opens an item; `row` is the warp's first, among `rows` of the sequence.
-  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaWalk& walk, int row, int rows,
+  // Opens an item; `row` is the warp's first of the sequence.  Rows past the last one compute what
+  // it does, and are not written.
+  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int row,
                                         const MlaPlace& place) {
-    const int g = threadIdx.x % 32 / 4;
-    const int heads = static_cast<int>(a.p.H), tokens = static_cast<int>(a.p.T);
-    const char* source[2];
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const char *c[2], *rope[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int mine = row + g + 8 * i, token = mine / heads, head = mine - token * heads;
-      if (threadIdx.x % 4 == 0)
-        mla_limits()[g + 8 * i] = mine < rows ? walk.length - tokens + token + 1 : 0;
-      source[i] = mine < rows ? static_cast<const char*>(a.p.q) +
-                                    2 * (walk.b * a.p.q_stride[0] + token * a.p.q_stride[1] +
-                                         head * a.p.q_stride[2])
-                              : nullptr;
+      const int mine = min(row + g + 8 * i, a.rows - 1);
+      const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
+      if (t == 0) mla_limits()[g + 8 * i] = step.length - a.tokens + token + 1;
+      const std::int64_t offset =
+          step.b * a.q_stride[0] + token * a.q_stride[1] + head * a.q_stride[2] + 2 * t;
+      c[i] = static_cast<const char*>(a.q) + 2 * offset;
+      rope[i] = static_cast<const char*>(a.q) + 2 * (offset + a.R);
       reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
     }
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < S::kRank / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
     if constexpr (S::kQFromSmem) {
-      for (int step = place.worker; step < S::kSteps; step += place.workers) {
+#pragma unroll 1
+      for (int n = place.worker; n < S::kSteps; n += place.workers) {
         unsigned fragment[4];
-        read_q(a, source, step, fragment);
-        store_shared(q_address + step * 512, fragment);
+        read_q(a, c, rope, n, fragment);
+        store_shared(q_address + n * 512, fragment);
       }
       named_barrier(place.group_barrier, 32 * place.workers);
     } else {
 #pragma unroll
-      for (int step = 0; step < S::kSteps; ++step) read_q(a, source, step, q[step]);
+      for (int n = 0; n < S::kSteps; ++n) read_q(a, c, rope, n, q[n]);
     }
   }
 
@@ -230,10 +226,10 @@ struct MlaMerge {
 // o and lse, or a partial result.  They call it together; those without tokens bring zeros.
 template <typename T, typename S>
 __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows, const MlaMerge& m,
-                                           const MlaWalk& walk) {
-  const MlaPlace place(a, S::kTma, thread_index());
+                                           const MlaStep& step) {
+  const MlaPlace place(a, thread_index());
   const int worker = place.worker, workers = place.workers, group = place.group;
-  const int groups = a.c.groups, barrier = place.group_barrier, warp = place.warp;
+  const int groups = a.groups, barrier = place.group_barrier, warp = place.warp;
   const int lane = place.lane, g = lane / 4, t = lane % 4;
   float scale[2];
 #pragma unroll
@@ -246,62 +242,75 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
   named_barrier(barrier, 32 * workers);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float top = -kInfinity, sum = 0.f;
-    for (int s = 0; s < workers; ++s) top = fmaxf(top, m.stats[s * groups + group][g + 8 * i].x);
-    const float base = top == -kInfinity ? 0.f : top;
-    for (int s = 0; s < workers; ++s) {
-      const float2 v = m.stats[s * groups + group][g + 8 * i];
-      sum += v.y * exp2_approx(v.x - base);
+    // Lane t looks at workers t and t + 4.
+    float2 v[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      v[n] = {-kInfinity, 0.f};
+      if (t + 4 * n < workers) v[n] = m.stats[(t + 4 * n) * groups + group][g + 8 * i];
     }
-    scale[i] = exp2_approx(m.stats[warp][g + 8 * i].x - base);
+    float top = fmaxf(v[0].x, v[1].x);
+    top = fmaxf(top, __shfl_xor_sync(kWarp, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kWarp, top, 2));
+    const float base = top == -kInfinity ? 0.f : top;
+    float sum = v[0].y * exp2_approx(v[0].x - base) + v[1].y * exp2_approx(v[1].x - base);
+    sum += __shfl_xor_sync(kWarp, sum, 1);
+    sum += __shfl_xor_sync(kWarp, sum, 2);
+    scale[i] = exp2_approx(rows.reference[i] - base);
     if (worker == 0 && t == 0) m.merged[group][g + 8 * i] = {top, sum};
   }
 
-  const std::int64_t partial = walk.partial(a);
-  const int all = static_cast<int>(a.p.T * a.p.H);
-  const int first = (walk.pass * groups + group) * 16;  // of the group's rows in the sequence
-  const std::int64_t out = static_cast<std::int64_t>(walk.b) * all + first;
+  const std::int64_t partial = step.partial;
+  const int first = (step.pass * groups + group) * 16;  // of the group's rows in the sequence
+  const std::int64_t out = static_cast<std::int64_t>(step.b) * a.rows + first;
   const std::int64_t kept = (partial * groups + group) * 16;
-  float* const mine = m.columns + warp * 16 * kMlaMergeStride;
-  constexpr int kStep = kMlaMergeColumns;
+  constexpr int kStep = kMlaMergeColumns, kQuads = kStep / 4;
   constexpr int kStride = kMlaMergeStride;
+  float* const mine = m.columns + (warp * 16 + g) * kStride + 2 * t;
 #pragma unroll
+  for (int j = 0; j < S::kRank / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows.o[j][i] *= scale[i / 2];
+#pragma unroll 1  // the chunks of columns share all but their registers
   for (int c = 0; c < S::kRank / kStep; ++c) {
 #pragma unroll
-    for (int j = 0; j < kStep / 8; ++j) {
-      const float (&o)[4] = rows.o[c * (kStep / 8) + j];
-      float* const to = mine + g * kStride + 8 * j + 2 * t;
-      *reinterpret_cast<float2*>(to) = {o[0] * scale[0], o[1] * scale[0]};
-      *reinterpret_cast<float2*>(to + 8 * kStride) = {o[2] * scale[1], o[3] * scale[1]};
-    }
-    named_barrier(barrier, 32 * workers);
-    for (int i = worker * 32 + lane; i < 16 * kStep / 4; i += 32 * workers) {
-      const int r = i / (kStep / 4), column = i % (kStep / 4) * 4;
-      float4 v = {};
-      for (int s = 0; s < workers; ++s) {
-        const float4 part = *reinterpret_cast<const float4*>(
-            m.columns + ((s * groups + group) * 16 + r) * kStride + column);
-        v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
+    for (int chunk = 0; chunk < S::kRank / kStep; ++chunk)
+      if (chunk == c) {
+#pragma unroll
+        for (int j = 0; j < kStep / 8; ++j) {
+          const float (&o)[4] = rows.o[chunk * (kStep / 8) + j];
+          *reinterpret_cast<float2*>(mine + 8 * j) = {o[0], o[1]};
+          *reinterpret_cast<float2*>(mine + 8 * j + 8 * kStride) = {o[2], o[3]};
+        }
       }
-      const int at = c * kStep + column;
-      if (first + r >= all) continue;
+    named_barrier(barrier, 32 * workers);
+#pragma unroll 1
+    for (int i = worker * 32 + lane; i < 16 * kQuads; i += 32 * workers) {
+      const int r = i / kQuads, at = c * kStep + i % kQuads * 4;
+      const float* const parts = m.columns + (group * 16 + r) * kStride + i % kQuads * 4;
+      float4 v = {};
+#pragma unroll 1
+      for (int s = 0; s < workers; s += 4)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          if (s + n < workers) {
+            const float4 part =
+                *reinterpret_cast<const float4*>(parts + (s + n) * groups * 16 * kStride);
+            v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
+          }
+      if (first + r >= a.rows) continue;
+      const float2 whole = m.merged[group][r];
       if (partial >= 0) {
         *reinterpret_cast<float4*>(a.sums + (kept + r) * S::kRank + at) = v;
-      } else if (at < static_cast<int>(a.p.R)) {
-        const float sum = m.merged[group][r].y;
-        const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+        if (at == 0) a.stats[kept + r] = whole;
+      } else {
+        const float inverse = whole.y == 0.f ? 0.f : __fdividef(1.f, whole.y);
         const uint2 packed = {pack<T>(v.x * inverse, v.y * inverse),
                               pack<T>(v.z * inverse, v.w * inverse)};
-        *reinterpret_cast<uint2*>(static_cast<char*>(a.p.o) + ((out + r) * a.p.R + at) * 2) =
-            packed;
+        if (at < a.R)
+          *reinterpret_cast<uint2*>(static_cast<char*>(a.o) + ((out + r) * a.R + at) * 2) = packed;
+        if (at == 0) a.lse[out + r] = mla_lse(whole.x, whole.y);
       }
-    }
-    if (c == 0 && worker == 0 && lane < 16 && first + lane < all) {
-      const float2 v = m.merged[group][lane];
-      if (partial >= 0)
-        a.stats[kept + lane] = v;
-      else
-        static_cast<float*>(a.p.lse)[out + lane] = mla_lse(v.x, v.y);
     }
     named_barrier(barrier, 32 * workers);
   }
@@ -310,22 +319,27 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
 // Rows of sequences without tokens; nothing of them is on the line of work.
 template <typename T>
 __device__ __forceinline__ void mla_write_empty(const MlaArgs& a) {
-  const int batch = static_cast<int>(a.p.B);
-  const std::int64_t rows = a.p.T * a.p.H;
-  for (int b = blockIdx.x; b < batch; b += gridDim.x) {
+#pragma unroll 1
+  for (int b = blockIdx.x; b < a.batch; b += gridDim.x) {
     if (mla_length(a, b) > 0) continue;
-    uint4* const o = reinterpret_cast<uint4*>(static_cast<T*>(a.p.o) + b * rows * a.p.R);
-    for (std::int64_t i = threadIdx.x; i < rows * a.p.R / 8; i += blockDim.x) o[i] = {};
-    float* const lse = static_cast<float*>(a.p.lse) + b * rows;
-    for (std::int64_t i = threadIdx.x; i < rows; i += blockDim.x) lse[i] = -kInfinity;
-    if (a.c.unit_per_item && a.c.units > 0)
-      for (int i = threadIdx.x; i < a.c.passes; i += blockDim.x)
-        a.units[static_cast<std::int64_t>(b) * a.c.passes + i] = MlaUnit{};
+    const std::int64_t first = static_cast<std::int64_t>(b) * a.rows;
+    uint4* const o = reinterpret_cast<uint4*>(static_cast<T*>(a.o) + first * a.R);
+    const std::int64_t units = static_cast<std::int64_t>(a.rows) * a.R / 8;
+#pragma unroll 1
+    for (std::int64_t i = threadIdx.x; i < units; i += 32 * kMlaWarps) o[i] = {};
+#pragma unroll 1
+    for (int i = threadIdx.x; i < a.rows; i += 32 * kMlaWarps) a.lse[first + i] = -kInfinity;
+    if (a.unit_per_item && a.unit_count > 0)
+#pragma unroll 1
+      for (int i = threadIdx.x; i < a.passes; i += 32 * kMlaWarps)
+        a.units[static_cast<std::int64_t>(b) * a.passes + i] = MlaUnit{};
   }
 }
 
 // ---- kernels --------------------------------------------------------------------------------
 
+// Code is written once and before it is needed nothing is computed: a kernel that runs once a layer
+// finds its code in HBM, and a short launch is mostly the time to fetch it.
 template <typename T, int kRank, int kRope, bool kTma>
 __global__ void __launch_bounds__(32 * kMlaWarps, 1)
     mla_decode_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaMaps maps) {
@@ -336,99 +350,102 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
   const MlaMerge merge = {reinterpret_cast<float2(*)[16]>(smem + 512),
                           reinterpret_cast<float2(*)[16]>(smem + 512 + kMlaWarps * 128),
                           reinterpret_cast<float*>(smem + kMlaMergeOffset)};
-  constexpr int kMlaShareOffset = 512 + 2 * kMlaWarps * 128;
-  constexpr int kMlaWalksOffset = kMlaShareOffset + sizeof(MlaShare);
-  static_assert(kMlaWalksOffset + 2 * kMlaWarps * sizeof(MlaWalk) <= kMlaLimitsOffset,
-                "statistics and walks fit before the merge");
-  MlaWalk* const walks = reinterpret_cast<MlaWalk*>(smem + kMlaWalksOffset);
-  const unsigned ring = shared_address(smem + a.c.ring_offset);
+  constexpr int kStepsOffset = 512 + 2 * kMlaWarps * 128;
+  constexpr int kShareOffset = kStepsOffset + kMlaWarps * kMlaMostSlots * sizeof(MlaStep);
+  constexpr int kWalksOffset = kShareOffset + sizeof(MlaShare);
+  static_assert(kWalksOffset + kMlaWarps * sizeof(MlaWalk) <= kMlaLimitsOffset,
+                "statistics, steps and walks fit before the merge");
+  MlaWalk* const walks = reinterpret_cast<MlaWalk*>(smem + kWalksOffset);
+  const unsigned ring = shared_address(smem + a.ring_offset);
   const unsigned barriers = shared_address(smem + 64);  // a stage each, TMA only
   static_assert(64 + kMlaWarps / 2 * kMlaMostSlots * 8 <= 512, "barriers fit before statistics");
 
   if (kTma && threadIdx.x == 0) {
-    for (int i = 0; i < a.c.streams * a.c.slots; ++i) mbarrier_init(barriers + 8 * i, 1);
+#pragma unroll 1
+    for (int i = 0; i < a.streams * a.slots; ++i) mbarrier_init(barriers + 8 * i, 1);
     mbarrier_init_fence();
   }
   if (!kTma) mla_clear_padding<S>(a, ring);
-  MlaShare& share = *reinterpret_cast<MlaShare*>(smem + kMlaShareOffset);
-  {
-    const MlaShare found = mla_share(a, scratch);
-    if (threadIdx.x == 0) share = found;
-  }
-  if (threadIdx.x == 0 && !a.c.unit_per_item && a.c.units > 0) a.units[blockIdx.x] = MlaUnit{};
-  mla_write_empty<T>(a);
+  MlaShare& share = *reinterpret_cast<MlaShare*>(smem + kShareOffset);
+  mla_share(a, scratch, share);
+  if (threadIdx.x == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
   __syncthreads();
 
-  const MlaPlace place(a, kTma, threadIdx.x);
-  const int warp = place.warp, lane = place.lane, stream = place.stream, member = place.member;
-  const int group = place.group, half = place.half, halves = place.halves, team = place.team;
-  const int groups = a.c.groups, streams = a.c.streams, slots = a.c.slots;
-  if (stream >= streams) return;
-  const int team_barrier = 1 + stream;
-  const unsigned stages = ring + stream * slots * S::kStageBytes;
-  const unsigned full = barriers + stream * slots * 8;
-  const float scale = static_cast<float>(a.p.scale * 1.44269504088896340736);
-  const int rows = static_cast<int>(a.p.T * a.p.H), tokens = static_cast<int>(a.p.T);
-
-  MlaLoader<S> loader = {walks[2 * warp]};
-  if (!kTma || member == 0) loader.begin(a, share, stream);
-  const auto refill = [&](int slot) {
-    const unsigned stage = stages + slot * S::kStageBytes;
-    if constexpr (kTma) {
-      if (member != 0 || !loader.more) return;
-      loader.fetch(a, maps, stage, full + 8 * slot);
-      __syncwarp();
-      loader.advance(a, share, stream);
-    } else {
-      if (loader.more) loader.copy(a, stage, group);
-      copy_commit();
-      if (loader.more) loader.advance(a, share, stream);
-    }
-  };
-  for (int i = 0; i < slots - 1; ++i) refill(i);
-
-  MlaRows<T, S> mine;
-  mine.q_address = shared_address(smem + a.c.q_offset) + group * S::kSteps * 512 +
-                   static_cast<unsigned>(lane) * 16;
-  MlaWalk& walk = walks[2 * warp + 1];
-  if (lane == 0) walk.begin(a, share);
-  int slot = 0;
-  unsigned phase = 0;
-  while (mla_advance(walk, a, share)) {
-    const int end = walk.end, open = walk.length - tokens + 1;  // tokens that every row sees
-    const int row = (walk.pass * groups + group) * 16;
-    const bool is_active = row < rows;  // by warp; the others of its group agree
-    if (is_active) mine.begin(a, walk, row, rows, place);
-    for (int token = walk.token + S::kStage * stream; token < end; token += S::kStage * streams) {
-      // The team's copies of this stage have landed (cp.async: after the barrier), and it is done
-      // with the stage before, which is refilled.
-      if (!kTma) copy_wait(slots - 2);
-      named_barrier(team_barrier, 32 * team);
-      refill(slot == 0 ? slots - 1 : slot - 1);
-      const unsigned stage = stages + slot * S::kStageBytes;
-      if constexpr (kTma) {
-        mbarrier_wait(full + 8 * slot, phase);
-        __syncwarp();
-        if (end - token < S::kStage) {
-          mla_clear_tail<S>(stage, end - token, member * 32 + lane, 32 * team);
-          fence_async_proxy();
-          named_barrier(team_barrier, 32 * team);
-        }
-      }
-      if (is_active) {
+  // What follows from the thread's index is found anew in every round: registers are scarce.
+  if (MlaPlace(a, threadIdx.x).stream < a.streams) {
+    using Loader = MlaLoader<S>;
+    MlaRows<T, S> mine;
+    if (threadIdx.x % 32 == 0) walks[threadIdx.x / 32].begin(a, share);
+    __syncwarp();
+    // The slot of the stage to attend to, its phase from bit 8 on, and from bit 16 on how many
+    // rounds come before the first.
+    int round = (a.slots - 1) << 16;
 #pragma unroll 1
-        for (int skip = kMlaBlock * half; skip < S::kStage; skip += kMlaBlock * halves) {
-          const int first = token + skip;
-          if (first >= end) break;
-          const bool is_masked = first + kMlaBlock > open;
-          mine.attend(stage, skip, scale, first, is_masked);
-        }
+    for (;;) {
+      const MlaPlace place(a, thread_index());
+      MlaWalk& walk = walks[place.warp];
+      const int ahead = round >> 16, slot = round & 255, slots = a.slots;
+      const int member = place.member, lane = place.lane, group = place.group;
+      const int team_barrier = 1 + place.stream, team = 32 << a.log_team;  // threads
+      const int first_stage = place.stream * slots;
+      const int leader = kTma ? place.stream << a.log_team : place.warp;  // who notes the steps
+      MlaStep* const steps =
+          reinterpret_cast<MlaStep*>(smem + kStepsOffset) + leader * kMlaMostSlots;
+      const MlaStep& step = steps[slot];
+      const auto row = [&] { return (step.pass * a.groups + group) * 16; };
+      // By warp; the others of its group agree.
+      const auto is_active = [&] { return row() < a.rows; };
+      const auto open = [&] {  // while the stage is under way
+        __syncwarp();
+        mine.q_address = shared_address(smem) + a.q_offset + group * S::kSteps * 512 + lane * 16;
+        if ((step.flags & MlaStep::kFirst) && is_active()) mine.begin(a, step, row(), place);
+      };
+      // The team's copies of this stage have landed (cp.async: after the barrier), and it is done
+      // with the stage before, which is refilled.  Steps noted in the rounds before are visible.
+      if (ahead == 0) {
+        if (!kTma) open();
+        if (!kTma) copy_wait(slots - 2);
+        named_barrier(team_barrier, team);
       }
-      if (++slot == slots) slot = 0, phase ^= 1;
+      if (!kTma || (member == 0 && lane == 0)) {
+        Loader::advance(a, share, walk, place.stream);
+        const int fill = (ahead > 0 ? slots - ahead : slot == 0 ? slots : slot) - 1;
+        const unsigned stage = ring + (first_stage + fill) * S::kStageBytes;
+        if constexpr (kTma)
+          Loader::fetch(a, maps, walk, steps[fill], stage, barriers + (first_stage + fill) * 8);
+        else
+          Loader::copy(a, walk, steps[fill], stage, group);
+      }
+      if (!kTma) copy_commit();
+      if (ahead > 0) {
+        round -= 1 << 16;
+        continue;
+      }
+      if (kTma) open();
+      if (step.flags & MlaStep::kStop) break;
+      if (kTma) mbarrier_wait(barriers + (first_stage + slot) * 8, round >> 8 & 1);
+      __syncwarp();
+      const unsigned stage = ring + (first_stage + slot) * S::kStageBytes;
+      const int left = step.end - step.token;
+      if (kTma && left > 0 && left < S::kStage) {
+        mla_clear_tail<S>(stage, left, member * 32 + lane, team);
+        fence_async_proxy();
+        named_barrier(team_barrier, team);
+      }
+      if (is_active()) {
+#pragma unroll 1
+        for (int skip = kMlaBlock * place.half; skip < min(S::kStage, left);
+             skip += kMlaBlock * (kTma ? a.halves : 1)) {
+          const int first = step.token + skip;
+          const int open = step.length - a.tokens + 1;  // tokens that every row sees
+          mine.attend(stage, skip, a.scale, first, first + kMlaBlock > open);
+        }
+        if (step.flags & MlaStep::kLast) mla_finish<T, S>(a, mine, merge, step);
+      }
+      round = slot + 1 < slots ? round + 1 : (round ^ 256) & 256;
     }
-    if (threadIdx.x == 0) walk.list(a, share);
-    if (is_active) mla_finish<T, S>(a, mine, merge, walk);
   }
+  mla_write_empty<T>(a);
 }
 
 }  // namespace

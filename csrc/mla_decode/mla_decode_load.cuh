@@ -36,48 +36,55 @@ struct MlaShape {
                 "the latent lies in whole tiles");
 };
 
-// Copies the stages of one stream, a few ahead of the warps that use them.  With cp.async every
-// warp of a team copies a part of every stage; with TMA one lane of the team has it done.
+constexpr int kMlaTableAhead = 512;  // tokens
+
+// Brings the stages of one stream, a few ahead of the warps that use them.  With cp.async every
+// warp of a team copies a part of every stage; with TMA one lane of the team does all of it.
+// Nothing of it is kept in registers.
 template <typename S>
 struct MlaLoader {
-  MlaWalk& walk;   // in shared memory
-  int token;       // of the next stage
-  int end;         // of its piece
-  int entry, row;  // the lane's token of it (TMA: the first): page and row in the page
-  bool more;
-
-  __device__ __forceinline__ void look_up(const MlaArgs& a) {
-    entry = row = 0;
-    const int mine = token + (S::kTma ? 0 : static_cast<int>(threadIdx.x % 32));
-    if (!more || mine >= end) return;
-    const int page = static_cast<int>(a.p.page);
-    const int index = mine / page;
-    row = mine - index * page;
-    entry = __ldg(a.p.block_table + walk.b * a.p.table_stride + index);
-  }
-  // To the stream's next stage.
-  __device__ __forceinline__ void advance(const MlaArgs& a, const MlaShare& s, int stream) {
-    token += S::kStage * a.c.streams;
-    while (more && token >= end) {
-      more = mla_advance(walk, a, s);
-      token = walk.token + S::kStage * stream;
-      end = walk.end;
+  // To the stream's next stage.  Every piece has one at least, be it empty: all streams attend the
+  // end of a piece.
+  static __device__ __forceinline__ void advance(const MlaArgs& a, const MlaShare& s, MlaWalk& walk,
+                                                 int stream) {
+    if (!S::kTma) __syncwarp();
+    if ((S::kTma || threadIdx.x % 32 == 0) && walk.flags != MlaStep::kStop) {
+      int token = walk.stage + S::kStage * a.streams;
+      int flags = 0;
+      if (token >= walk.end) {
+        if (walk.advance(a, s)) {
+          flags = MlaStep::kFirst;
+          if (threadIdx.x == 0 && walk.token == 0) walk.list(a, s);
+        } else {
+          flags = MlaStep::kStop;
+          walk.end = 0;
+        }
+        token = walk.token + S::kStage * stream;
+      }
+      if (flags != MlaStep::kStop && token + S::kStage * a.streams >= walk.end)
+        flags |= MlaStep::kLast;
+      walk.stage = token, walk.flags = flags;
     }
-    look_up(a);
+    if (!S::kTma) __syncwarp();
   }
-  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaShare& s, int stream) {
-    if (threadIdx.x % 32 == 0) walk.begin(a, s);
-    more = true;
-    token = end = 0;
-    advance(a, s, stream);
+  // The page of a cached token.  Neighbours of it are needed soon after and then lie in L1; the
+  // next line of the table is asked for in time.
+  static __device__ __forceinline__ int page(const MlaArgs& a, const MlaWalk& walk, int token) {
+    const std::int32_t* const table = a.block_table + walk.b * a.table_stride;
+    prefetch_l2(table + a.page.quotient(min(token + kMlaTableAhead, walk.end - 1)));
+    const int entry = token < walk.end ? __ldg(table + a.page.quotient(token)) : 0;
+    return min(max(entry, 0), a.pages - 1);
   }
   // Starts the TMA of the next stage, which arrives at the barrier `full`.  Rows past the end of
-  // the sequence come as they lie in the page.
-  __device__ __forceinline__ void fetch(const MlaArgs& a, const MlaMaps& maps, unsigned stage,
-                                        unsigned full) const {
-    if (threadIdx.x % 32 != 0) return;
-    const int page = min(max(entry, 0), static_cast<int>(a.p.pages) - 1);
-    mbarrier_expect(full, S::kStageBytes);
+  // the sequence come as they lie in the page.  One lane.
+  static __device__ __forceinline__ void fetch(const MlaArgs& a, const MlaMaps& maps,
+                                               const MlaWalk& walk, MlaStep& step, unsigned stage,
+                                               unsigned full) {
+    const bool is_empty = walk.stage >= walk.end;
+    step.note(a, walk);
+    mbarrier_expect(full, is_empty ? 0 : S::kStageBytes);
+    if (is_empty) return;
+    const int page = MlaLoader::page(a, walk, walk.stage), row = a.page.rest(walk.stage);
 #pragma unroll
     for (int tile = 0; tile < S::kTiles; ++tile)
       tma_load(stage + tile * S::kTileBytes, &maps.tile, full, tile * 64, row, page);
@@ -85,22 +92,25 @@ struct MlaLoader {
   }
 
   // Starts the copy of the next stage.  Rows past the end become zeros.
-  __device__ __forceinline__ void copy(const MlaArgs& a, unsigned stage, int group) const {
+  static __device__ __forceinline__ void copy(const MlaArgs& a, const MlaWalk& walk, MlaStep& step,
+                                              unsigned stage, int group) {
     const int lane = threadIdx.x % 32, unit = lane % 8;
-    const int page = min(max(entry, 0), static_cast<int>(a.p.pages) - 1);
-    const std::int64_t mine = 2 * (page * a.p.page_stride + row * a.p.row_stride);
-    const int shift = 2 * (S::kRank - static_cast<int>(a.p.R));  // rope columns lie closer
-    const int rank = static_cast<int>(a.p.R), rope = static_cast<int>(a.p.E);
-    for (int i = group; i < 8; i += a.c.groups) {
+    if (lane == 0) step.note(a, walk);
+    const int token = walk.stage, end = walk.end;
+    if (token >= end) return;
+    const int page = MlaLoader::page(a, walk, token + lane), row = a.page.rest(token + lane);
+    const std::int64_t mine = 2 * (page * a.page_stride + row * a.row_stride);
+    const int shift = 2 * (S::kRank - a.R);  // rope columns lie closer
+#pragma unroll 1
+    for (int i = group; i < 8; i += a.groups) {
       const int r = 4 * i + lane / 8;
       const bool valid = token + r < end;
-      const char* src =
-          static_cast<const char*>(a.p.cache) + __shfl_sync(kWarp, mine, r) + unit * 16;
+      const char* src = static_cast<const char*>(a.cache) + __shfl_sync(kWarp, mine, r) + unit * 16;
 #pragma unroll
       for (int tile = 0; tile < S::kTiles + S::kHalf; ++tile) {
         const int column = tile * 64 + unit * 8;
         const bool is_rope = column >= S::kRank;
-        const bool used = is_rope ? column - S::kRank < rope : column < rank;
+        const bool used = is_rope ? column - S::kRank < a.E : column < a.R;
         const char* from = src + tile * 128 - (is_rope ? shift : 0);
         if (tile < S::kTiles) {
           const unsigned to = stage + tile * S::kTileBytes + r * 128 + ((unit ^ (r & 7)) << 4);
@@ -117,11 +127,12 @@ struct MlaLoader {
 // Zeros where the cache's rows are narrower than the instance; copies never touch it.
 template <typename S>
 __device__ __forceinline__ void mla_clear_padding(const MlaArgs& a, unsigned ring) {
-  const int rank = static_cast<int>(a.p.R), rope = static_cast<int>(a.p.E);
+  const int rank = a.R, rope = a.E;
   if (rank == S::kRank && rope == S::kRope) return;
   const unsigned zeros[4] = {0, 0, 0, 0};
   constexpr int kUnits = S::kWidth / 8;
-  const int rows = a.c.streams * a.c.slots * S::kStage;
+  const int rows = a.streams * a.slots * S::kStage;
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows * kUnits; i += blockDim.x) {
     const int unit = i % kUnits, row = i / kUnits, column = unit * 8;
     if (column < S::kRank ? column < rank : column - S::kRank < rope) continue;
@@ -139,6 +150,7 @@ template <typename S>
 __device__ __forceinline__ void mla_clear_tail(unsigned stage, int first, int thread, int threads) {
   const unsigned zeros[4] = {0, 0, 0, 0};
   constexpr int kUnits = S::kWidth / 8;
+#pragma unroll 1
   for (int i = thread; i < (S::kStage - first) * kUnits; i += threads) {
     const int r = first + i / kUnits, unit = i % kUnits, tile = unit / 8;
     const unsigned at = tile < S::kTiles ? tile * S::kTileBytes + r * 128 + unit % 8 * 16

@@ -51,6 +51,11 @@ __device__ __forceinline__ void copy_wait(int pending) {
   }
 }
 
+// Has a line brought to L2.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // ---- TMA (sm_90 and later) ------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(unsigned bar, int arrivals) {

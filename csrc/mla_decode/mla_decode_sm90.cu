@@ -20,14 +20,15 @@ Status encode(CUtensorMap* map, const MlaDecodeParams& p, std::uint32_t columns)
 }  // namespace
 
 Status mla_decode_sm90(const MlaDecodeParams& p, void* workspace, cudaStream_t stream) {
+  const MlaDecodeConfig c = mla_config(p, true);
   MlaArgs a;
   std::memset(&a, 0, sizeof(a));
-  Status s = mla_arguments(p, mla_config(p, true), workspace, a);
+  Status s = mla_arguments(p, c, workspace, a);
   MlaMaps maps;
   std::memset(&maps, 0, sizeof(maps));
   if (s.error == nullptr && p.pages > 0) s = encode(&maps.tile, p, 64);
   if (s.error == nullptr && p.pages > 0 && (p.R + p.E) % 64 != 0) s = encode(&maps.half, p, 32);
-  return s.error != nullptr ? s : mla_launch<true>(a, maps, stream);
+  return s.error != nullptr ? s : mla_launch<true>(p.dtype, a, c, maps, stream);
 }
 
 }  // namespace zebra
