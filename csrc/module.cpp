@@ -89,7 +89,7 @@ py::dict mla_decode_config(std::int64_t batch, std::int64_t rows, std::int64_t r
       py::arg("streams") = c.streams, py::arg("slots") = c.slots,
       py::arg("smem_bytes") = c.smem_bytes, py::arg("ctas") = c.ctas, py::arg("split") = c.split,
       py::arg("pieces") = c.pieces, py::arg("partials") = c.partials,
-      py::arg("combine_warps") = c.combine_warps, py::arg("workspace_bytes") = c.workspace_bytes);
+      py::arg("combine_lanes") = c.combine_lanes, py::arg("workspace_bytes") = c.workspace_bytes);
 }
 
 // select_config("rms_norm", dim=4096, ...): the tile that a launcher would choose, as a dict.

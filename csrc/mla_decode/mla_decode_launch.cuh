@@ -71,7 +71,10 @@ inline Status mla_arguments(const MlaDecodeParams& p, const MlaDecodeConfig& c, 
 template <typename T>
 Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream_t stream) {
   const int rows = 16 * c.groups, quads = c.rank / 4;
-  MlaCombineArgs args = {a.units, a.stats, reinterpret_cast<const float4*>(a.sums), a.o, a.lse};
+  MlaCombineArgs args = {};
+  args.units = a.units, args.stats = a.stats;
+  args.sums = reinterpret_cast<const float4*>(a.sums);
+  args.o = a.o, args.lse = a.lse;
   args.quads = mla_divisor(quads), args.passes = mla_divisor(c.passes);
   args.rows = a.rows, args.pass_rows = rows, args.R = a.R;
   while (1 << args.log_lanes < c.combine_lanes) ++args.log_lanes;

@@ -105,7 +105,7 @@ def test_tiles_of_the_8b_model():
 
     shape = {"batch": 64, "rows": 32, "rank": 160, "rope": 64, "max_tokens": 8192}
     c = _C.select_config("mla_decode", **shape)
-    assert (c["stage"], c["groups"], c["streams"], c["slots"], c["ctas"]) == (32, 2, 4, 3, 132)
+    assert (c["stage"], c["groups"], c["streams"], c["slots"], c["ctas"]) == (32, 2, 4, 3, 128)
     c = _C.select_config("mla_decode", **shape, tma=True)
     assert (c["stage"], c["halves"], c["streams"], c["slots"]) == (64, 2, 2, 3)
     with pytest.raises(ValueError, match="ranks up to 256"):
