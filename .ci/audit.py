@@ -25,9 +25,11 @@ FAST_PATH = {
         "mla_attention_key_gradients_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "mla_project_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "mla_project_backward_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
+        "mla_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
         "ssd_scan_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
     },
     "sm_90a": {
+        "mla_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"UTMALDG\.3D"),
         "ssd_scan_forward_kernel": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.5D", r"UTMASTG\.5D"),
         "ssd_scan_states_kernel": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.5D"),
     },

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "causal_conv1d/causal_conv1d_config.h"
+#include "mla_decode/mla_decode_config.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_config.h"
 #include "ssd_scan/ssd_scan_sm90_config.h"
@@ -71,6 +72,26 @@ py::dict ssd_scan_sm90_config(std::int64_t batch, std::int64_t tokens, std::int6
                   py::arg("state_smem_bytes") = c.state_smem_bytes);
 }
 
+py::dict mla_decode_config(std::int64_t batch, std::int64_t rows, std::int64_t rank,
+                           std::int64_t rope, std::int64_t max_tokens, std::int64_t split_size,
+                           std::int64_t sms, int smem_limit, bool tma) {
+  if (!zebra::mla_decode_takes(rank, rope))
+    throw py::value_error(
+        "zebra: mla_decode has CUDA tiles for ranks up to 256 and rope widths up to 64, multiples"
+        " of 8");
+  if (tma && !zebra::mla_decode_tma_takes(rank, rope, zebra::kMlaTmaStage))
+    throw py::value_error("zebra: TMA brings no columns that are filled with zeros");
+  const zebra::MlaDecodeConfig c = zebra::select_mla_decode_config(
+      {batch, rows, rank, rope, max_tokens, split_size, tma}, sms, smem_limit);
+  return py::dict(
+      py::arg("rank") = c.rank, py::arg("rope") = c.rope, py::arg("stage") = c.stage,
+      py::arg("groups") = c.groups, py::arg("passes") = c.passes, py::arg("halves") = c.halves,
+      py::arg("streams") = c.streams, py::arg("slots") = c.slots,
+      py::arg("smem_bytes") = c.smem_bytes, py::arg("ctas") = c.ctas, py::arg("split") = c.split,
+      py::arg("pieces") = c.pieces, py::arg("partials") = c.partials,
+      py::arg("combine_lanes") = c.combine_lanes, py::arg("workspace_bytes") = c.workspace_bytes);
+}
+
 // select_config("rms_norm", dim=4096, ...): the tile that a launcher would choose, as a dict.
 py::dict select_config(const std::string& op, const py::kwargs& problem) {
   const py::module_ self = py::module_::import("zebra._C");
@@ -91,6 +112,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("_causal_conv1d_config", &causal_conv1d_config, py::arg("batch"), py::arg("tokens"),
         py::arg("channels"), py::arg("element_bytes") = 2, py::arg("aligned") = true,
         py::arg("backward") = false);
+  m.def("_mla_decode_config", &mla_decode_config, py::arg("batch"), py::arg("rows"),
+        py::arg("rank"), py::arg("rope"), py::arg("max_tokens"), py::arg("split_size") = 0,
+        py::arg("sms") = 132, py::arg("smem_limit") = zebra::kMlaSm90SmemBytes,
+        py::arg("tma") = false);
   m.def("_ssd_scan_config", &ssd_scan_config, py::arg("sequences"), py::arg("heads"),
         py::arg("head_dim"), py::arg("state_dim"));
   m.def("_ssd_scan_sm90_config", &ssd_scan_sm90_config, py::arg("batch"), py::arg("tokens"),

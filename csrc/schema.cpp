@@ -91,6 +91,12 @@ STABLE_TORCH_LIBRARY(zebra, m) {
       "mla_decode(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float scale,"
       " Tensor? kv_b_weight=None, int num_kv_heads=0, int kv_lora_rank=0, int split_size=0)"
       " -> (Tensor o, Tensor lse)");
+  // For the CUDA registration of mla_decode: what its kernel does not take, in PyTorch operations
+  m.def(
+      "_mla_decode_composite(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float "
+      "scale,"
+      " Tensor? kv_b_weight=None, int num_kv_heads=0, int kv_lora_rank=0, int split_size=0)"
+      " -> (Tensor o, Tensor lse)");
 
   // y = act(W norm(x) + b) + residual for few rows of x
   m.def(

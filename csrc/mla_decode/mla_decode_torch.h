@@ -8,13 +8,19 @@
 
 namespace zebra {
 
-template <typename Launch>
-std::tuple<Tensor, Tensor> mla_decode_torch(const Tensor& q, const Tensor& cache,
-                                            const Tensor& block_table, const Tensor& seq_lens,
-                                            double scale, const OptTensor& kv_b_weight,
-                                            int64_t num_kv_heads, int64_t kv_lora_rank,
-                                            int64_t split_size, Launch launch) {
-  const Check check("mla_decode");
+struct MlaDecodeInputs {
+  const Tensor &q, &cache, &block_table, &seq_lens;
+  double scale;
+  const OptTensor& kv_b_weight;
+  int64_t num_kv_heads, kv_lora_rank, split_size;
+};
+
+// The checked problem, without its outputs.  `weight` owns a copy of kv_b_weight where one is
+// needed.
+inline MlaDecodeParams mla_decode_params(const Check& check, const MlaDecodeInputs& in,
+                                         Tensor& weight) {
+  const auto& [q, cache, block_table, seq_lens, scale, kv_b_weight, num_kv_heads, kv_lora_rank,
+               split_size] = in;
   const DType dtype = check.floating("q", q);
   check.that(q.dim() == 4 && q.size(1) > 0 && q.size(2) > 0 && q.size(3) > 0, "q", describe(q),
              "[B, T, H, Dn + E] with T, H >= 1");
@@ -26,7 +32,6 @@ std::tuple<Tensor, Tensor> mla_decode_torch(const Tensor& q, const Tensor& cache
   check.last_dim_contiguous("cache", cache);
   const int64_t depth = cache.size(2);
   int64_t R = kv_lora_rank, G = 1, nope = 0, v_dim = R;
-  Tensor weight = q;
   if (kv_b_weight) {
     check.like("kv_b_weight", *kv_b_weight, q, "q");
     check.that(kv_b_weight->dim() == 2, "kv_b_weight", describe(*kv_b_weight),
@@ -60,16 +65,12 @@ std::tuple<Tensor, Tensor> mla_decode_torch(const Tensor& q, const Tensor& cache
   check.shape("seq_lens", seq_lens, {B}, "[B]");
   check.that(split_size >= 0, "split_size", std::to_string(split_size),
              "0 (automatic) or a number of tokens");
-  Tensor o = torch::stable::new_empty(q, {B, T, H, v_dim});
-  Tensor lse = torch::stable::new_empty(q, {B, T, H}, acc_dtype(q));
   MlaDecodeParams p{};
   p.q = q.data_ptr();
   p.cache = cache.data_ptr();
   p.weight = kv_b_weight ? weight.data_ptr() : nullptr;
   p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
   p.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
-  p.o = o.data_ptr();
-  p.lse = lse.data_ptr();
   p.B = B, p.T = T, p.H = H, p.G = G, p.R = R, p.E = depth - R;
   p.nope = nope, p.v_dim = v_dim;
   p.pages = cache.size(0), p.page = cache.size(1), p.max_pages = block_table.size(1);
@@ -79,7 +80,19 @@ std::tuple<Tensor, Tensor> mla_decode_torch(const Tensor& q, const Tensor& cache
   p.split_size = split_size;
   p.scale = scale;
   p.dtype = dtype;
-  if (B > 0) check.status(launch(check, p));
+  return p;
+}
+
+template <typename Launch>
+std::tuple<Tensor, Tensor> mla_decode_torch(const MlaDecodeInputs& in, Launch launch) {
+  const Check check("mla_decode");
+  Tensor weight = in.q;
+  MlaDecodeParams p = mla_decode_params(check, in, weight);
+  Tensor o = torch::stable::new_empty(in.q, {p.B, p.T, p.H, p.v_dim});
+  Tensor lse = torch::stable::new_empty(in.q, {p.B, p.T, p.H}, acc_dtype(in.q));
+  p.o = o.data_ptr();
+  p.lse = lse.data_ptr();
+  if (p.B > 0) check.status(launch(check, p));
   return {o, lse};
 }
 

@@ -26,14 +26,15 @@ void check_values(const Check& check, const MlaDecodeParams& p) {
 auto mla_decode_op(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                    const Tensor& seq_lens, double scale, const OptTensor& kv_b_weight,
                    int64_t num_kv_heads, int64_t kv_lora_rank, int64_t split_size) {
-  return mla_decode_torch(q, cache, block_table, seq_lens, scale, kv_b_weight, num_kv_heads,
-                          kv_lora_rank, split_size, [](const Check& check, MlaDecodeParams& p) {
-                            check_values(check, p);
-                            if (p.split_size == 0) p.split_size = kMlaDecodeCpuSplit;
-                            p.use_amx = cpu_has_amx_bf16();
-                            mla_decode_cpu(p);
-                            return Status{};
-                          });
+  return mla_decode_torch(
+      {q, cache, block_table, seq_lens, scale, kv_b_weight, num_kv_heads, kv_lora_rank, split_size},
+      [](const Check& check, MlaDecodeParams& p) {
+        check_values(check, p);
+        if (p.split_size == 0) p.split_size = kMlaDecodeCpuSplit;
+        p.use_amx = cpu_has_amx_bf16();
+        mla_decode_cpu(p);
+        return Status{};
+      });
 }
 
 }  // namespace

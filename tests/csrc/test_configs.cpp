@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "common/token_tile.h"
+#include "mla_decode/mla_decode_config.h"
 #include "rms_norm/rms_norm.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_sm90_config.h"
@@ -109,10 +110,43 @@ void ssd_scan_tiles_fit() {
       "the 8B layer, 2 x 8192");
 }
 
+void mla_decode_tiles_fit() {
+  for (const int smem : {101376, 166912, zebra::kMlaSm90SmemBytes})  // sm_89, sm_80, sm_90
+    for (std::int64_t rank = 8; rank <= 256; rank += 8)
+      for (std::int64_t rope = 0; rope <= 64; rope += 8)
+        for (const std::int64_t rows : {1, 16, 17, 24, 32, 48, 64, 128, 2048})
+          for (const std::int64_t batch : {1, 7, 64, 300})
+            for (const std::int64_t split : {0, 1, 512, -1}) {
+              const bool tma = split < 0;
+              if (tma &&
+                  (smem < zebra::kMlaSm90SmemBytes || !zebra::mla_decode_tma_takes(rank, rope, 64)))
+                continue;
+              const zebra::MlaDecodeConfig c = zebra::select_mla_decode_config(
+                  {batch, rows, rank, rope, 5000, tma ? 0 : split, tma}, 132, smem);
+              const auto r = static_cast<long>(rank), e = static_cast<long>(rope);
+              EXPECT(c.rank >= rank && c.rope >= rope, "%ld + %ld", r, e);
+              EXPECT(c.smem_bytes <= smem && c.slots >= 2, "%ld + %ld in %d", r, e, smem);
+              EXPECT(c.streams >= 1 && c.streams * c.groups * c.halves <= zebra::kMlaWarps,
+                     "%ld + %ld", r, e);
+              EXPECT(std::int64_t{16} * c.groups * c.passes >= rows, "%ld rows",
+                     static_cast<long>(rows));
+              EXPECT(c.split % zebra::kMlaTmaStage == 0 && c.split >= split, "split %ld",
+                     static_cast<long>(split));
+              EXPECT(c.split == 0 || c.pieces * c.split >= 5000, "split %ld",
+                     static_cast<long>(split));
+              EXPECT(c.ctas >= 1 && c.ctas <= 132, "batch %ld", static_cast<long>(batch));
+            }
+  // 32 rows of the 8B model: four streams of three stages on Hopper.
+  constexpr zebra::MlaDecodeConfig c = zebra::select_mla_decode_config(
+      {64, 32, 160, 64, 8192, 0, false}, 132, zebra::kMlaSm90SmemBytes);
+  static_assert(c.groups == 2 && c.streams == 4 && c.slots == 3 && c.passes == 1, "8B");
+}
+
 }  // namespace
 
 int main() {
   token_tiles_cover_a_token();
+  mla_decode_tiles_fit();
   rms_norm_tiles_cover_a_row();
   ssd_scan_tiles_fit();
   std::printf(failures == 0 ? "configs: all promises hold\n" : "configs: %d failures\n", failures);

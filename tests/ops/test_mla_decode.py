@@ -6,19 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mla_decode_cases import GARBAGE, check, make, wide
 from refusals import assert_rejected
 
 from zebra import ops
 from zebra.ops import reference
 from zebra.ops.decode import _mla_decode_composite
-from zebra.testing import assert_close, relative_error
+from zebra.testing import relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GARBAGE = 2147480000
 # H, G, Dn, E, Dv, R
 ZEBRA = {
     "1b": (32, 8, 32, 32, 64, 128),
@@ -31,56 +30,6 @@ ODD = {
     "group_of_eight": (24, 3, 7, 2, 5, 33),
     "no_nope": (4, 2, 0, 64, 16, 96),
 }
-
-
-def make(dims, lengths, dtype, device, tokens=1, page=16, spare=1, latent=False):
-    """Arguments of mla_decode: a shuffled page table, and NaN wherever no token lies."""
-    H, G, Dn, E, Dv, R = dims
-    used = [-(-n // page) for n in lengths]
-    max_pages, pages = max(used, default=0) + spare, sum(used) + 2
-    cache = torch.full((pages, page, R + E), float("nan"))
-    table = torch.full((len(lengths), max_pages), GARBAGE, dtype=torch.int32)
-    table[:, -1] = -1
-    free = torch.randperm(pages).tolist()
-    for b, n in enumerate(lengths):
-        for i in range(used[b]):
-            at = free.pop()
-            table[b, i] = at
-            filled = min(page, n - i * page)
-            cache[at, :filled] = torch.randn(filled, R + E)
-    q = torch.randn(len(lengths), tokens, H, (R if latent else Dn) + E)
-    weight = torch.randn(G * (Dn + Dv), R) / R**0.5
-    args = {
-        "q": q.to(dtype).to(device),
-        "cache": cache.to(dtype).to(device),
-        "block_table": table.to(device),
-        "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device),
-        "scale": ((R if latent else Dn) + E) ** -0.5,
-    }
-    if latent:
-        return args | {"kv_lora_rank": R}
-    return args | {"kv_b_weight": weight.to(dtype).to(device), "num_kv_heads": G}
-
-
-def wide(args):
-    """The same arguments in fp64 on the CPU."""
-
-    def convert(v):
-        if not isinstance(v, torch.Tensor):
-            return v
-        return v.cpu().double() if v.is_floating_point() else v.cpu()
-
-    return {k: convert(v) for k, v in args.items()}
-
-
-def check(args, op=ops.mla_decode):
-    truth, eager, got = reference.mla_decode(**wide(args)), reference.mla_decode(**args), op(**args)
-    for name, g, t, e in zip(("o", "lse"), got, truth, eager, strict=True):
-        assert g.shape == t.shape and g.dtype == e.dtype
-        bf16_lse = name == "lse" and args["q"].dtype == torch.bfloat16
-        key = ("mla_decode.lse", torch.bfloat16) if bf16_lse else ("mla_decode", g.dtype)
-        assert_close(g, t, e, tolerances.factor(*key), name)
-    return got
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

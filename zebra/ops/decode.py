@@ -45,8 +45,10 @@ def mla_decode(
         kv_b_weight: [G * (Dn + Dv), R] of q's dtype: Dn key rows then Dv value rows a KV head.
         num_kv_heads: G, with kv_b_weight.
         kv_lora_rank: R, without kv_b_weight.
-        split_size: cached tokens of one partial result, 0 for automatic (512 on the CPU); results
-            for two values differ by fp32 rounding only.
+        split_size: cached tokens of one partial result, 0 for automatic (512 on the CPU; by the
+            batch on CUDA, where a value, rounded up to a multiple of 64, makes the result of a
+            sequence independent of the rest of the batch); results for two values differ by fp32
+            rounding only.
 
     Returns:
         o [B, T, H, Dv] (or R for latent queries) like q, and lse [B, T, H] fp32, natural logarithm
@@ -54,13 +56,21 @@ def mla_decode(
 
     Raises:
         RuntimeError: on a wrong shape, dtype or device; on the CPU also where seq_lens or a used
-            block_table entry is out of range (CUDA does not read values on the host).
+            block_table entry is out of range (CUDA does not read values on the host; it takes the
+            nearest value in range); on CUDA also where 16-bit q is not aligned to 4 bytes or the
+            cache not to 16.
 
     Numerics:
         fp32 accuracy throughout (fp64 for fp64), one rounding to the output dtype; on the bf16
         matrix unit of a CPU (AMX) probabilities are rounded to bf16 once and absorbed queries to 16
-        bits of mantissa.  Deterministic; on the CPU independent of threads and of the rest of the
-        batch.  Not differentiable.
+        bits of mantissa; on CUDA probabilities of 16-bit dtypes are rounded to that dtype once, and
+        so are absorbed queries and the latent output that kv_b_weight expands.  Deterministic; on
+        the CPU independent of threads and of the rest of the batch.  Not differentiable.
+
+    CUDA:
+        A kernel for bfloat16 and float16 latent queries, R up to 256 and E up to 64 in multiples
+        of 8; with kv_b_weight, two einsums around it.  Other dtypes and shapes are composites of
+        PyTorch operations.
     """
     return torch.ops.zebra.mla_decode(
         q,
@@ -145,7 +155,37 @@ def _check(
     check.that(split_size >= 0, "split_size", split_size, "0 (automatic) or a number of tokens")
 
 
-@composite("mla_decode")
+def _kernel_takes(q: Tensor, rank: int, rope: int) -> bool:
+    """Whether the CUDA kernel takes latent queries like q (csrc/mla_decode/mla_decode_config.h)."""
+    sizes = rank <= 256 and rank % 8 == 0 and rope <= 64 and rope % 8 == 0
+    return sizes and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _around_kernel(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    kv_b_weight: Tensor,
+    num_kv_heads: int,
+    split_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Absorb kv_b_weight into q and un-absorb it from o by einsum, around the latent kernel."""
+    R = kv_b_weight.size(1)
+    nope = q.size(3) - (cache.size(2) - R)
+    up = kv_b_weight.unflatten(0, (num_kv_heads, -1))  # [G, Dn + Dv, R]
+    grouped = q[..., :nope].unflatten(2, (num_kv_heads, -1))
+    latent_q = torch.einsum("btghd,gdr->btghr", grouped, up[:, :nope]).flatten(2, 3)
+    query = torch.cat((latent_q, q[..., nope:]), dim=-1)
+    o, lse = torch.ops.zebra.mla_decode(
+        query, cache, block_table, seq_lens, scale, None, 0, R, split_size
+    )
+    o = torch.einsum("btghr,gdr->btghd", o.unflatten(2, (num_kv_heads, -1)), up[:, nope:])
+    return o.flatten(2, 3).contiguous(), lse
+
+
+@composite("mla_decode", beside_kernel="_mla_decode_composite")
 def _mla_decode_composite(
     q: Tensor,
     cache: Tensor,
@@ -163,6 +203,8 @@ def _mla_decode_composite(
     pages, page, depth = cache.shape
     acc = acc_dtype(q)
     R = kv_lora_rank if kv_b_weight is None else kv_b_weight.size(1)
+    if kv_b_weight is not None and _kernel_takes(q, R, depth - R):
+        return _around_kernel(q, cache, *tables, scale, kv_b_weight, num_kv_heads, split_size)
     query = q.to(acc)
     if kv_b_weight is not None:
         nope = q.size(3) - (depth - R)

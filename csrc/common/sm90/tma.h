@@ -18,10 +18,12 @@ struct TmaDim {
   std::uint32_t box;     // elements
 };
 
-// Encodes a map over 16-bit elements whose boxes land in shared memory in the 128-byte swizzle (the
-// innermost box is then 64 elements).  Coordinates outside read as zero and are not written.
+// Encodes a map over 16-bit elements whose boxes land in shared memory in a swizzle, by default of
+// 128 bytes (the innermost box is then 64 elements).  Coordinates outside read as zero and are not
+// written.
 inline Status encode_tensor_map(CUtensorMap* map, bool bf16, const void* base,
-                                std::initializer_list<TmaDim> dims) {
+                                std::initializer_list<TmaDim> dims,
+                                CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -45,8 +47,8 @@ inline Status encode_tensor_map(CUtensorMap* map, bool bf16, const void* base,
   const CUresult result =
       encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
              static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes, strides, box, ones,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     return {
         "cuTensorMapEncodeTiled refused a tensor (base and strides must be multiples of 16 bytes)"};

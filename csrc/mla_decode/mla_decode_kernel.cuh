@@ -1,0 +1,452 @@
+// The kernels of mla_decode for 16-bit dtypes: attention over pieces of sequences, and the sum of
+// the pieces of a sequence.
+//
+// Computes       o and lse of mla_decode.h for latent queries, R up to 256, E up to 64.
+//                Derivation: docs/kernels/mla_decode.md.
+// Grid           persistent, one CTA a multiprocessor; mla_decode_schedule.cuh deals the tokens.
+// Warps          8.  A team of `groups` (query rows, 16 each) x `halves` (of a stage) warps shares
+//                one stream of stages; no barrier beyond the team but where an item ends.
+// Stage          32 cached rows (TMA: 64), mla_decode_load.cuh: the same tile is K (plain) and V
+//                (transposed on the way out of shared memory).
+// Registers      scores and probabilities never leave them; q does from R = 192 on.
+// Softmax        base 2, relative to a reference that moves only when a score exceeds it by 2^20
+//                (fp16: 2^8): probabilities are floating point, so nothing is lost by a late move.
+// Bound          HBM: (R + E) x 2 bytes a cached token.
+#pragma once
+
+#include <type_traits>
+
+#include "mla_decode/mla_decode_load.cuh"
+
+namespace zebra {
+namespace {
+
+// What a thread is.  A piece's end asks anew, through thread_index(), so that the answers take no
+// registers while the stages pass.
+struct MlaPlace {
+  int warp, lane, stream, member, half, group;
+  int worker, workers;  // among the warps with the same rows
+  int group_barrier;    // of those
+
+  __device__ __forceinline__ MlaPlace(const MlaArgs& a, int thread)
+      : warp(thread / 32), lane(thread % 32) {
+    stream = warp >> a.log_team, member = warp & ((1 << a.log_team) - 1);
+    half = member >> a.log_groups, group = member & (a.groups - 1);
+    worker = stream * a.halves + half, workers = a.streams * a.halves;
+    group_barrier = 1 + a.streams + group;
+  }
+};
+
+__device__ __forceinline__ int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// Shared memory of every warp of 16 rows that only masked stages need: tokens that each row sees.
+constexpr int kMlaLimitsOffset = kMlaMergeOffset - kMlaWarps * 64;
+
+__device__ __forceinline__ int* mla_limits() {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  return reinterpret_cast<int*>(smem + kMlaLimitsOffset) + threadIdx.x / 32 * 16;
+}
+
+// ---- one warp's 16 rows ---------------------------------------------------------------------
+
+template <typename T, typename S>
+struct MlaRows {
+  unsigned q[S::kQFromSmem ? 1 : S::kSteps][4];
+  unsigned q_address;  // where q lies in shared memory
+  float o[S::kRank / 8][4];
+  float reference[2], sum[2];  // of rows g and g + 8; the sum is the lane's part
+
+  // The fragment of q for columns 16 step .. 16 step + 15; `c` and `rope` are the lane's places in
+  // the latent and the rope columns of its rows.
+  __device__ __forceinline__ void read_q(const MlaArgs& a, const char* const (&c)[2],
+                                         const char* const (&rope)[2], int step,
+                                         unsigned (&fragment)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = step * 16 + i / 2 * 8;
+      const char* at =
+          column < S::kRank ? c[i % 2] + column * 2 : rope[i % 2] + (column - S::kRank) * 2;
+      const bool used = column < S::kRank ? column < a.R : column - S::kRank < a.E;
+      fragment[i] = used ? __ldg(reinterpret_cast<const unsigned*>(at)) : 0u;
+    }
+  }
+
+  // Opens an item; `row` is the warp's first of the sequence.  Rows past the last one compute what
+  // it does, and are not written.
+  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int row,
+                                        const MlaPlace& place) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const char *c[2], *rope[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int mine = min(row + g + 8 * i, a.rows - 1);
+      const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
+      if (t == 0) mla_limits()[g + 8 * i] = step.length - a.tokens + token + 1;
+      const std::int64_t offset =
+          step.b * a.q_stride[0] + token * a.q_stride[1] + head * a.q_stride[2] + 2 * t;
+      c[i] = static_cast<const char*>(a.q) + 2 * offset;
+      rope[i] = static_cast<const char*>(a.q) + 2 * (offset + a.R);
+      reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < S::kRank / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
+    if constexpr (S::kQFromSmem) {
+#pragma unroll 1
+      for (int n = place.worker; n < S::kSteps; n += place.workers) {
+        unsigned fragment[4];
+        read_q(a, c, rope, n, fragment);
+        store_shared(q_address + n * 512, fragment);
+      }
+      named_barrier(place.group_barrier, 32 * place.workers);
+    } else {
+#pragma unroll
+      for (int n = 0; n < S::kSteps; ++n) read_q(a, c, rope, n, q[n]);
+    }
+  }
+
+  // Whether a score has left the reference of its row behind.
+  __device__ __forceinline__ bool is_left_behind(float top, int i) const {
+    return top > reference[i] + (std::is_same_v<T, __half> ? 8.f : 20.f);
+  }
+
+  // Raises the reference of rows whose scores have left it behind.
+  __device__ __forceinline__ void raise(float (&top)[2]) {
+    float shrink[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = fmaxf(top[i], __shfl_xor_sync(kWarp, top[i], 1));
+      top[i] = fmaxf(top[i], __shfl_xor_sync(kWarp, top[i], 2));
+      shrink[i] = 1.f;
+      if (is_left_behind(top[i], i)) {
+        shrink[i] = reference[i] == -kInfinity ? 1.f : exp2_approx(reference[i] - top[i]);
+        reference[i] = top[i];
+      }
+      sum[i] *= shrink[i];
+    }
+#pragma unroll
+    for (int j = 0; j < S::kRank / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[j][i] *= shrink[i / 2];
+  }
+
+  // Attention over 32 tokens of a stage, `skip` rows into it; the first is `token` of the sequence.
+  __device__ __forceinline__ void attend(unsigned stage, int skip, float scale, int token,
+                                         bool is_masked) {
+    const unsigned lane = threadIdx.x % 32, x = lane & 7;
+    // Blocks of K: (tokens 0-7, columns 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15).
+    const unsigned k_row = x + (lane >> 4 & 1) * 8, k_unit = lane >> 3 & 1;
+    const unsigned k_tile = stage + skip * 128 + k_row * 128 + ((k_unit ^ x) << 4);
+    const unsigned k_half =
+        stage + S::kHalfOffset + skip * 64 + k_row * 64 + ((k_unit ^ (x >> 1)) << 4);
+    float s[4][4] = {};
+#pragma unroll
+    for (int step = 0; step < S::kSteps; ++step) {
+      unsigned low[4], high[4];
+      if (step < S::kTiles * 4) {
+        const unsigned at = (k_tile ^ (step % 4 << 5)) + step / 4 * S::kTileBytes;
+        load_blocks(low, at);
+        load_blocks(high, at + 16 * 128);
+      } else {
+        const unsigned at = k_half ^ (step % 2 << 5);
+        load_blocks(low, at);
+        load_blocks(high, at + 16 * 64);
+      }
+      unsigned from_smem[4];
+      if constexpr (S::kQFromSmem) load_shared(from_smem, q_address + step * 512);
+      const unsigned (&fragment)[4] = S::kQFromSmem ? from_smem : q[S::kQFromSmem ? 0 : step];
+      multiply_add<T>(s[0], fragment, low[0], low[1]);
+      multiply_add<T>(s[1], fragment, low[2], low[3]);
+      multiply_add<T>(s[2], fragment, high[0], high[1]);
+      multiply_add<T>(s[3], fragment, high[2], high[3]);
+    }
+
+    float top[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] *= scale;
+    if (is_masked) {
+      const int limit[2] = {mla_limits()[lane / 4], mla_limits()[lane / 4 + 8]};
+      const int first = token + 2 * static_cast<int>(lane % 4);
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (first + 8 * n + i % 2 >= limit[i / 2]) s[n][i] = -kInfinity;
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
+    if (__any_sync(kWarp, is_left_behind(top[0], 0) || is_left_behind(top[1], 1))) raise(top);
+    const float base[2] = {reference[0] == -kInfinity ? 0.f : reference[0],
+                           reference[1] == -kInfinity ? 0.f : reference[1]};
+
+    unsigned p[2][4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = exp2_approx(s[n][i] - base[i / 2]);
+        sum[i / 2] += s[n][i];
+      }
+      p[n / 2][n % 2 * 2] = pack<T>(s[n][0], s[n][1]);
+      p[n / 2][n % 2 * 2 + 1] = pack<T>(s[n][2], s[n][3]);
+    }
+
+    // Blocks of V: (tokens 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+    const unsigned v_row = x + (lane >> 3 & 1) * 8, v_unit = lane >> 4 & 1;
+    const unsigned v_tile = stage + skip * 128 + v_row * 128 + ((v_unit ^ x) << 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int c = 0; c < S::kRank / 16; ++c) {
+        unsigned v[4];
+        load_blocks_t(v, (v_tile ^ (c % 4 << 5)) + c / 4 * S::kTileBytes + half * 16 * 128);
+        multiply_add<T>(o[2 * c], p[half], v[0], v[1]);
+        multiply_add<T>(o[2 * c + 1], p[half], v[2], v[3]);
+      }
+  }
+};
+
+// ---- the end of a piece ---------------------------------------------------------------------
+
+struct MlaMerge {
+  float2 (*stats)[16];   // [warps]: reference and sum of a warp's rows
+  float2 (*merged)[16];  // [groups]: of the group's rows over all streams
+  float* columns;        // [warps][16][kMlaMergeStride]
+};
+
+// Adds the results of a group's workers, the warps with the same rows, and writes them: the item's
+// o and lse, or a partial result.  They call it together; those without tokens bring zeros.
+template <typename T, typename S>
+__device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows, const MlaMerge& m,
+                                           const MlaStep& step) {
+  const MlaPlace place(a, thread_index());
+  const int worker = place.worker, workers = place.workers, group = place.group;
+  const int groups = a.groups, barrier = place.group_barrier, warp = place.warp;
+  const int lane = place.lane, g = lane / 4, t = lane % 4;
+  float scale[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sum = rows.sum[i];
+    sum += __shfl_xor_sync(kWarp, sum, 1);
+    sum += __shfl_xor_sync(kWarp, sum, 2);
+    if (t == 0) m.stats[warp][g + 8 * i] = {rows.reference[i], sum};
+  }
+  named_barrier(barrier, 32 * workers);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    // Lane t looks at workers t and t + 4.
+    float2 v[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      v[n] = {-kInfinity, 0.f};
+      if (t + 4 * n < workers) v[n] = m.stats[(t + 4 * n) * groups + group][g + 8 * i];
+    }
+    float top = fmaxf(v[0].x, v[1].x);
+    top = fmaxf(top, __shfl_xor_sync(kWarp, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kWarp, top, 2));
+    const float base = top == -kInfinity ? 0.f : top;
+    float sum = v[0].y * exp2_approx(v[0].x - base) + v[1].y * exp2_approx(v[1].x - base);
+    sum += __shfl_xor_sync(kWarp, sum, 1);
+    sum += __shfl_xor_sync(kWarp, sum, 2);
+    scale[i] = exp2_approx(rows.reference[i] - base);
+    if (worker == 0 && t == 0) m.merged[group][g + 8 * i] = {top, sum};
+  }
+
+  const std::int64_t partial = step.partial;
+  const int first = (step.pass * groups + group) * 16;  // of the group's rows in the sequence
+  const std::int64_t out = static_cast<std::int64_t>(step.b) * a.rows + first;
+  const std::int64_t kept = (partial * groups + group) * 16;
+  constexpr int kStep = kMlaMergeColumns, kQuads = kStep / 4;
+  constexpr int kStride = kMlaMergeStride;
+  float* const mine = m.columns + (warp * 16 + g) * kStride + 2 * t;
+#pragma unroll
+  for (int j = 0; j < S::kRank / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows.o[j][i] *= scale[i / 2];
+#pragma unroll 1  // the chunks of columns share all but their registers
+  for (int c = 0; c < S::kRank / kStep; ++c) {
+#pragma unroll
+    for (int chunk = 0; chunk < S::kRank / kStep; ++chunk)
+      if (chunk == c) {
+#pragma unroll
+        for (int j = 0; j < kStep / 8; ++j) {
+          const float (&o)[4] = rows.o[chunk * (kStep / 8) + j];
+          *reinterpret_cast<float2*>(mine + 8 * j) = {o[0], o[1]};
+          *reinterpret_cast<float2*>(mine + 8 * j + 8 * kStride) = {o[2], o[3]};
+        }
+      }
+    named_barrier(barrier, 32 * workers);
+#pragma unroll 1
+    for (int i = worker * 32 + lane; i < 16 * kQuads; i += 32 * workers) {
+      const int r = i / kQuads, at = c * kStep + i % kQuads * 4;
+      const float* const parts = m.columns + (group * 16 + r) * kStride + i % kQuads * 4;
+      float4 v = {};
+#pragma unroll 1
+      for (int s = 0; s < workers; s += 4)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          if (s + n < workers) {
+            const float4 part =
+                *reinterpret_cast<const float4*>(parts + (s + n) * groups * 16 * kStride);
+            v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
+          }
+      if (first + r >= a.rows) continue;
+      const float2 whole = m.merged[group][r];
+      if (partial >= 0) {
+        *reinterpret_cast<float4*>(a.sums + (kept + r) * S::kRank + at) = v;
+        if (at == 0) a.stats[kept + r] = whole;
+      } else {
+        const float inverse = whole.y == 0.f ? 0.f : __fdividef(1.f, whole.y);
+        const uint2 packed = {pack<T>(v.x * inverse, v.y * inverse),
+                              pack<T>(v.z * inverse, v.w * inverse)};
+        if (at < a.R)
+          *reinterpret_cast<uint2*>(static_cast<char*>(a.o) + ((out + r) * a.R + at) * 2) = packed;
+        if (at == 0) a.lse[out + r] = mla_lse(whole.x, whole.y);
+      }
+    }
+    named_barrier(barrier, 32 * workers);
+  }
+}
+
+// Rows of sequences without tokens; nothing of them is on the line of work.
+template <typename T>
+__device__ __forceinline__ void mla_write_empty(const MlaArgs& a) {
+#pragma unroll 1
+  for (int b = blockIdx.x; b < a.batch; b += gridDim.x) {
+    if (mla_length(a, b) > 0) continue;
+    const std::int64_t first = static_cast<std::int64_t>(b) * a.rows;
+    uint4* const o = reinterpret_cast<uint4*>(static_cast<T*>(a.o) + first * a.R);
+    const std::int64_t units = static_cast<std::int64_t>(a.rows) * a.R / 8;
+#pragma unroll 1
+    for (std::int64_t i = threadIdx.x; i < units; i += 32 * kMlaWarps) o[i] = {};
+#pragma unroll 1
+    for (int i = threadIdx.x; i < a.rows; i += 32 * kMlaWarps) a.lse[first + i] = -kInfinity;
+    if (a.unit_per_item && a.unit_count > 0)
+#pragma unroll 1
+      for (int i = threadIdx.x; i < a.passes; i += 32 * kMlaWarps)
+        a.units[static_cast<std::int64_t>(b) * a.passes + i] = MlaUnit{};
+  }
+}
+
+// ---- kernels --------------------------------------------------------------------------------
+
+// Code is written once and before it is needed nothing is computed: a kernel that runs once a layer
+// finds its code in HBM, and a short launch is mostly the time to fetch it.
+template <typename T, int kRank, int kRope, bool kTma>
+__global__ void __launch_bounds__(32 * kMlaWarps, 1)
+    mla_decode_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaMaps maps) {
+  using S = MlaShape<kRank, kRope, kTma>;
+  extern __shared__ __align__(1024) unsigned char smem[];
+  grid_launch_dependents();
+  int* const scratch = reinterpret_cast<int*>(smem);
+  const MlaMerge merge = {reinterpret_cast<float2(*)[16]>(smem + 512),
+                          reinterpret_cast<float2(*)[16]>(smem + 512 + kMlaWarps * 128),
+                          reinterpret_cast<float*>(smem + kMlaMergeOffset)};
+  constexpr int kStepsOffset = 512 + 2 * kMlaWarps * 128;
+  constexpr int kShareOffset = kStepsOffset + kMlaWarps * kMlaMostSlots * sizeof(MlaStep);
+  constexpr int kWalksOffset = kShareOffset + sizeof(MlaShare);
+  static_assert(kWalksOffset + kMlaWarps * sizeof(MlaWalk) <= kMlaLimitsOffset,
+                "statistics, steps and walks fit before the merge");
+  MlaWalk* const walks = reinterpret_cast<MlaWalk*>(smem + kWalksOffset);
+  const unsigned ring = shared_address(smem + a.ring_offset);
+  const unsigned barriers = shared_address(smem + 64);  // a stage each, TMA only
+  static_assert(64 + kMlaWarps / 2 * kMlaMostSlots * 8 <= 512, "barriers fit before statistics");
+
+  if (kTma && threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 0; i < a.streams * a.slots; ++i) mbarrier_init(barriers + 8 * i, 1);
+    mbarrier_init_fence();
+  }
+  if (!kTma) mla_clear_padding<S>(a, ring);
+  MlaShare& share = *reinterpret_cast<MlaShare*>(smem + kShareOffset);
+  mla_share(a, scratch, share);
+  if (threadIdx.x == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
+  __syncthreads();
+
+  // What follows from the thread's index is found anew in every round: registers are scarce.
+  if (MlaPlace(a, threadIdx.x).stream < a.streams) {
+    using Loader = MlaLoader<S>;
+    MlaRows<T, S> mine;
+    if (threadIdx.x % 32 == 0) walks[threadIdx.x / 32].begin(a, share);
+    __syncwarp();
+    // The slot of the stage to attend to, its phase from bit 8 on, and from bit 16 on how many
+    // rounds come before the first.
+    int round = (a.slots - 1) << 16;
+#pragma unroll 1
+    for (;;) {
+      const MlaPlace place(a, thread_index());
+      MlaWalk& walk = walks[place.warp];
+      const int ahead = round >> 16, slot = round & 255, slots = a.slots;
+      const int member = place.member, lane = place.lane, group = place.group;
+      const int team_barrier = 1 + place.stream, team = 32 << a.log_team;  // threads
+      const int first_stage = place.stream * slots;
+      const int leader = kTma ? place.stream << a.log_team : place.warp;  // who notes the steps
+      MlaStep* const steps =
+          reinterpret_cast<MlaStep*>(smem + kStepsOffset) + leader * kMlaMostSlots;
+      const MlaStep& step = steps[slot];
+      const auto row = [&] { return (step.pass * a.groups + group) * 16; };
+      // By warp; the others of its group agree.
+      const auto is_active = [&] { return row() < a.rows; };
+      const auto open = [&] {  // while the stage is under way
+        __syncwarp();
+        mine.q_address = shared_address(smem) + a.q_offset + group * S::kSteps * 512 + lane * 16;
+        if ((step.flags & MlaStep::kFirst) && is_active()) mine.begin(a, step, row(), place);
+      };
+      // The team's copies of this stage have landed (cp.async: after the barrier), and it is done
+      // with the stage before, which is refilled.  Steps noted in the rounds before are visible.
+      if (ahead == 0) {
+        if (!kTma) open();
+        if (!kTma) copy_wait(slots - 2);
+        named_barrier(team_barrier, team);
+      }
+      if (!kTma || (member == 0 && lane == 0)) {
+        Loader::advance(a, share, walk, place.stream);
+        const int fill = (ahead > 0 ? slots - ahead : slot == 0 ? slots : slot) - 1;
+        const unsigned stage = ring + (first_stage + fill) * S::kStageBytes;
+        if constexpr (kTma)
+          Loader::fetch(a, maps, walk, steps[fill], stage, barriers + (first_stage + fill) * 8);
+        else
+          Loader::copy(a, walk, steps[fill], stage, group);
+      }
+      if (!kTma) copy_commit();
+      if (ahead > 0) {
+        round -= 1 << 16;
+        continue;
+      }
+      if (kTma) open();
+      if (step.flags & MlaStep::kStop) break;
+      if (kTma) mbarrier_wait(barriers + (first_stage + slot) * 8, round >> 8 & 1);
+      __syncwarp();
+      const unsigned stage = ring + (first_stage + slot) * S::kStageBytes;
+      const int left = step.end - step.token;
+      if (kTma && left > 0 && left < S::kStage) {
+        mla_clear_tail<S>(stage, left, member * 32 + lane, team);
+        fence_async_proxy();
+        named_barrier(team_barrier, team);
+      }
+      if (is_active()) {
+#pragma unroll 1
+        for (int skip = kMlaBlock * place.half; skip < min(S::kStage, left);
+             skip += kMlaBlock * (kTma ? a.halves : 1)) {
+          const int first = step.token + skip;
+          const int open = step.length - a.tokens + 1;  // tokens that every row sees
+          mine.attend(stage, skip, a.scale, first, first + kMlaBlock > open);
+        }
+        if (step.flags & MlaStep::kLast) mla_finish<T, S>(a, mine, merge, step);
+      }
+      round = slot + 1 < slots ? round + 1 : (round ^ 256) & 256;
+    }
+  }
+  mla_write_empty<T>(a);
+}
+
+}  // namespace
+}  // namespace zebra

@@ -1,0 +1,138 @@
+// mla_decode on CUDA: how its kernels are launched, by cp.async or by TMA.
+#pragma once
+
+#include "common/cuda/launch.h"
+#include "mla_decode/mla_decode_combine.cuh"
+#include "mla_decode/mla_decode_kernel.cuh"
+
+namespace zebra {
+namespace {
+
+inline int mla_attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, name, device);
+  return value;
+}
+
+inline std::int64_t mla_max_tokens(const MlaDecodeParams& p) {
+  constexpr std::int64_t kMost = (std::int64_t{1} << 31) - 8192;  // sums of tokens stay in int
+  if (p.pages == 0) return 0;
+  return p.max_pages > kMost / p.page ? kMost : p.max_pages * p.page;
+}
+
+inline MlaDecodeConfig mla_config(const MlaDecodeParams& p, bool tma) {
+  return select_mla_decode_config({p.B, p.T * p.H, p.R, p.E, mla_max_tokens(p), p.split_size, tma},
+                                  mla_attribute(cudaDevAttrMultiProcessorCount),
+                                  mla_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// The arguments of a launch, or why there can be none.
+inline Status mla_arguments(const MlaDecodeParams& p, const MlaDecodeConfig& c, void* workspace,
+                            MlaArgs& a) {
+  constexpr std::int64_t kInt = std::int64_t{1} << 31;
+  const std::int64_t items = p.B * c.passes, max_tokens = mla_max_tokens(p);
+  if (p.T * p.H >= kInt / 2 || p.page >= kInt || p.pages >= kInt || items >= kInt / 2)
+    return {"T * H, pages, page and B * T * H / 128 must be below 2^30"};
+  if (items * (max_tokens / c.stage + 3) >= kInt)
+    return {
+        "the cached tokens that block_table has room for, over all sequences, must be below "
+        "2^36"};
+  const auto log2 = [](int n) {
+    int bits = 0;
+    while (1 << bits < n) ++bits;
+    return bits;
+  };
+  char* const base = static_cast<char*>(workspace);
+  a.q = p.q, a.cache = p.cache, a.block_table = p.block_table, a.seq_lens = p.seq_lens;
+  a.o = p.o, a.lse = static_cast<float*>(p.lse);
+  a.stats = reinterpret_cast<float2*>(base);
+  a.sums = reinterpret_cast<float*>(base + c.sums_offset);
+  a.units = reinterpret_cast<MlaUnit*>(base + c.units_offset);
+  for (int d = 0; d < 3; ++d) a.q_stride[d] = p.q_stride[d];
+  a.page_stride = p.page_stride, a.row_stride = p.row_stride;
+  a.table_stride = p.table_stride, a.seq_lens_stride = p.seq_lens_stride;
+  a.page = mla_divisor(p.page), a.heads = mla_divisor(p.H);
+  a.unit = mla_divisor(c.split > 0 ? c.split : c.stage);
+  a.batch = static_cast<int>(p.B), a.tokens = static_cast<int>(p.T);
+  a.rows = static_cast<int>(p.T * p.H);
+  a.R = static_cast<int>(p.R), a.E = static_cast<int>(p.E), a.pages = static_cast<int>(p.pages);
+  a.max_tokens = static_cast<int>(max_tokens);
+  a.passes = c.passes, a.halves = c.halves, a.groups = c.groups;
+  a.log_groups = log2(c.groups), a.log_team = log2(c.groups * c.halves);
+  a.streams = c.streams, a.slots = c.slots, a.least = c.split > 0 ? 0 : log2(c.streams);
+  a.q_offset = c.q_offset, a.ring_offset = c.ring_offset, a.item_cost = c.item_cost;
+  a.pieces = static_cast<int>(c.pieces), a.unit_count = static_cast<int>(c.units);
+  a.is_split = c.split > 0, a.unit_per_item = c.unit_per_item;
+  a.scale = static_cast<float>(p.scale * 1.44269504088896340736);
+  return {};
+}
+
+template <typename T>
+Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream_t stream) {
+  const int rows = 16 * c.groups, quads = c.rank / 4;
+  MlaCombineArgs args = {};
+  args.units = a.units, args.stats = a.stats;
+  args.sums = reinterpret_cast<const float4*>(a.sums);
+  args.o = a.o, args.lse = a.lse;
+  args.quads = mla_divisor(quads), args.passes = mla_divisor(c.passes);
+  args.rows = a.rows, args.pass_rows = rows, args.R = a.R;
+  while (1 << args.log_lanes < c.combine_lanes) ++args.log_lanes;
+  const int used = rows < a.rows ? rows : a.rows;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(static_cast<unsigned>(c.units),
+                        ceil_div(used * quads, 32 * kMlaWarps / c.combine_lanes));
+  launch.blockDim = dim3(32 * kMlaWarps);
+  launch.stream = stream;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  launch.attrs = &early;
+  launch.numAttrs = mla_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&launch, mla_combine_kernel<T>, args);
+  return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
+}
+
+template <typename T, int kRank, int kRope, bool kTma>
+Status mla_launch(const MlaArgs& a, const MlaDecodeConfig& c, const MlaMaps& maps,
+                  cudaStream_t stream) {
+  const auto kernel = mla_decode_kernel<T, kRank, kRope, kTma>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  kernel<<<c.ctas, 32 * kMlaWarps, c.smem_bytes, stream>>>(a, maps);
+  const Status s = launch_status();
+  return s.error != nullptr || c.units == 0 ? s : mla_launch_combine<T>(a, c, stream);
+}
+
+template <typename T, bool kTma>
+Status mla_launch(const MlaArgs& a, const MlaDecodeConfig& c, const MlaMaps& maps,
+                  cudaStream_t stream) {
+  const bool narrow = c.rope == 32;
+  switch (c.rank) {
+    case 64:
+      return narrow ? mla_launch<T, 64, 32, kTma>(a, c, maps, stream)
+                    : mla_launch<T, 64, 64, kTma>(a, c, maps, stream);
+    case 96:
+      return mla_launch<T, 96, 64, kTma>(a, c, maps, stream);
+    case 128:
+      return narrow ? mla_launch<T, 128, 32, kTma>(a, c, maps, stream)
+                    : mla_launch<T, 128, 64, kTma>(a, c, maps, stream);
+    case 160:
+      return mla_launch<T, 160, 64, kTma>(a, c, maps, stream);
+    case 192:
+      return mla_launch<T, 192, 64, kTma>(a, c, maps, stream);
+    default:
+      return mla_launch<T, 256, 64, kTma>(a, c, maps, stream);
+  }
+}
+
+template <bool kTma>
+Status mla_launch(DType dtype, const MlaArgs& a, const MlaDecodeConfig& c, const MlaMaps& maps,
+                  cudaStream_t stream) {
+  return dtype == DType::kBFloat16 ? mla_launch<__nv_bfloat16, kTma>(a, c, maps, stream)
+                                   : mla_launch<__half, kTma>(a, c, maps, stream);
+}
+
+}  // namespace
+}  // namespace zebra

@@ -1,0 +1,163 @@
+// mla_decode on CUDA: how cached rows come to shared memory, by cp.async or by TMA.
+//
+// A stage holds 32 (TMA: 64) cached rows [c | k_rope] as tiles of 64 columns in rows of 128 bytes,
+// 16-byte unit u of row r at u ^ (r % 8), and where 32 columns are left over a tile of rows of 64
+// bytes, u at u ^ (r / 2 % 4): the two swizzles of TMA, in which 8 rows of a column of units lie
+// in different banks.
+#pragma once
+
+#include <cuda.h>
+
+#include "mla_decode/mla_decode_ptx.cuh"
+#include "mla_decode/mla_decode_schedule.cuh"
+
+namespace zebra {
+namespace {
+
+// Maps of the cache for TMA, [page, row, column]: boxes of a stage's rows and 64 or 32 columns.
+struct MlaMaps {
+  CUtensorMap tile, half;
+};
+
+// What a kernel is compiled for, and the layout of its stages.
+template <int kRank_, int kRope_, bool kTma_>
+struct MlaShape {
+  static constexpr bool kTma = kTma_;
+  static constexpr int kStage = kTma ? kMlaTmaStage : kMlaBlock;
+  static constexpr int kRank = kRank_, kRope = kRope_, kWidth = kRank + kRope;
+  static constexpr int kTiles = kWidth / 64;
+  static constexpr bool kHalf = kWidth % 64 != 0;  // 32 columns in a tile of their own
+  static constexpr int kTileBytes = kStage * 128;
+  static constexpr int kHalfOffset = kTiles * kTileBytes;
+  static constexpr int kStageBytes = kStage * kWidth * 2;
+  static constexpr int kSteps = kWidth / 16;
+  static constexpr bool kQFromSmem = kRank >= kMlaQFromSmem;
+  static_assert(kRank % 32 == 0 && kWidth % 32 == 0 && kRank <= kTiles * 64,
+                "the latent lies in whole tiles");
+};
+
+constexpr int kMlaTableAhead = 512;  // tokens
+
+// Brings the stages of one stream, a few ahead of the warps that use them.  With cp.async every
+// warp of a team copies a part of every stage; with TMA one lane of the team does all of it.
+// Nothing of it is kept in registers.
+template <typename S>
+struct MlaLoader {
+  // To the stream's next stage.  Every piece has one at least, be it empty: all streams attend the
+  // end of a piece.
+  static __device__ __forceinline__ void advance(const MlaArgs& a, const MlaShare& s, MlaWalk& walk,
+                                                 int stream) {
+    if (!S::kTma) __syncwarp();
+    if ((S::kTma || threadIdx.x % 32 == 0) && walk.flags != MlaStep::kStop) {
+      int token = walk.stage + S::kStage * a.streams;
+      int flags = 0;
+      if (token >= walk.end) {
+        if (walk.advance(a, s)) {
+          flags = MlaStep::kFirst;
+          if (threadIdx.x == 0 && walk.token == 0) walk.list(a, s);
+        } else {
+          flags = MlaStep::kStop;
+          walk.end = 0;
+        }
+        token = walk.token + S::kStage * stream;
+      }
+      if (flags != MlaStep::kStop && token + S::kStage * a.streams >= walk.end)
+        flags |= MlaStep::kLast;
+      walk.stage = token, walk.flags = flags;
+    }
+    if (!S::kTma) __syncwarp();
+  }
+  // The page of a cached token.  Neighbours of it are needed soon after and then lie in L1; the
+  // next line of the table is asked for in time.
+  static __device__ __forceinline__ int page(const MlaArgs& a, const MlaWalk& walk, int token) {
+    const std::int32_t* const table = a.block_table + walk.b * a.table_stride;
+    prefetch_l2(table + a.page.quotient(min(token + kMlaTableAhead, walk.end - 1)));
+    const int entry = token < walk.end ? __ldg(table + a.page.quotient(token)) : 0;
+    return min(max(entry, 0), a.pages - 1);
+  }
+  // Starts the TMA of the next stage, which arrives at the barrier `full`.  Rows past the end of
+  // the sequence come as they lie in the page.  One lane.
+  static __device__ __forceinline__ void fetch(const MlaArgs& a, const MlaMaps& maps,
+                                               const MlaWalk& walk, MlaStep& step, unsigned stage,
+                                               unsigned full) {
+    const bool is_empty = walk.stage >= walk.end;
+    step.note(a, walk);
+    mbarrier_expect(full, is_empty ? 0 : S::kStageBytes);
+    if (is_empty) return;
+    const int page = MlaLoader::page(a, walk, walk.stage), row = a.page.rest(walk.stage);
+#pragma unroll
+    for (int tile = 0; tile < S::kTiles; ++tile)
+      tma_load(stage + tile * S::kTileBytes, &maps.tile, full, tile * 64, row, page);
+    if (S::kHalf) tma_load(stage + S::kHalfOffset, &maps.half, full, S::kTiles * 64, row, page);
+  }
+
+  // Starts the copy of the next stage.  Rows past the end become zeros.
+  static __device__ __forceinline__ void copy(const MlaArgs& a, const MlaWalk& walk, MlaStep& step,
+                                              unsigned stage, int group) {
+    const int lane = threadIdx.x % 32, unit = lane % 8;
+    if (lane == 0) step.note(a, walk);
+    const int token = walk.stage, end = walk.end;
+    if (token >= end) return;
+    const int page = MlaLoader::page(a, walk, token + lane), row = a.page.rest(token + lane);
+    const std::int64_t mine = 2 * (page * a.page_stride + row * a.row_stride);
+    const int shift = 2 * (S::kRank - a.R);  // rope columns lie closer
+#pragma unroll 1
+    for (int i = group; i < 8; i += a.groups) {
+      const int r = 4 * i + lane / 8;
+      const bool valid = token + r < end;
+      const char* src = static_cast<const char*>(a.cache) + __shfl_sync(kWarp, mine, r) + unit * 16;
+#pragma unroll
+      for (int tile = 0; tile < S::kTiles + S::kHalf; ++tile) {
+        const int column = tile * 64 + unit * 8;
+        const bool is_rope = column >= S::kRank;
+        const bool used = is_rope ? column - S::kRank < a.E : column < a.R;
+        const char* from = src + tile * 128 - (is_rope ? shift : 0);
+        if (tile < S::kTiles) {
+          const unsigned to = stage + tile * S::kTileBytes + r * 128 + ((unit ^ (r & 7)) << 4);
+          if (used) copy_async(to, from, valid);
+        } else if (unit < 4) {
+          const unsigned to = stage + S::kHalfOffset + r * 64 + ((unit ^ (r >> 1 & 3)) << 4);
+          if (used) copy_async(to, from, valid);
+        }
+      }
+    }
+  }
+};
+
+// Zeros where the cache's rows are narrower than the instance; copies never touch it.
+template <typename S>
+__device__ __forceinline__ void mla_clear_padding(const MlaArgs& a, unsigned ring) {
+  const int rank = a.R, rope = a.E;
+  if (rank == S::kRank && rope == S::kRope) return;
+  const unsigned zeros[4] = {0, 0, 0, 0};
+  constexpr int kUnits = S::kWidth / 8;
+  const int rows = a.streams * a.slots * S::kStage;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * kUnits; i += blockDim.x) {
+    const int unit = i % kUnits, row = i / kUnits, column = unit * 8;
+    if (column < S::kRank ? column < rank : column - S::kRank < rope) continue;
+    const unsigned stage = ring + row / S::kStage * S::kStageBytes;
+    const int r = row % S::kStage, tile = unit / 8, u = unit % 8;
+    const unsigned at = tile < S::kTiles ? tile * S::kTileBytes + r * 128 + ((u ^ (r & 7)) << 4)
+                                         : S::kHalfOffset + r * 64 + ((u ^ (r >> 1 & 3)) << 4);
+    store_shared(stage + at, zeros);
+  }
+}
+
+// Zeros in the rows of a stage from `first` on, by the `threads` threads of a team: what a page
+// holds past the end of its sequence may be NaN, and 0 * NaN is NaN.
+template <typename S>
+__device__ __forceinline__ void mla_clear_tail(unsigned stage, int first, int thread, int threads) {
+  const unsigned zeros[4] = {0, 0, 0, 0};
+  constexpr int kUnits = S::kWidth / 8;
+#pragma unroll 1
+  for (int i = thread; i < (S::kStage - first) * kUnits; i += threads) {
+    const int r = first + i / kUnits, unit = i % kUnits, tile = unit / 8;
+    const unsigned at = tile < S::kTiles ? tile * S::kTileBytes + r * 128 + unit % 8 * 16
+                                         : S::kHalfOffset + r * 64 + unit % 8 * 16;
+    store_shared(stage + at, zeros);
+  }
+}
+
+}  // namespace
+}  // namespace zebra

@@ -1,0 +1,208 @@
+// mla_decode on CUDA: how the cached tokens of a batch are dealt to CTAs, from lengths that only
+// the device knows.
+//
+// A line of work units: for every item (sequence b, pass) with tokens, `item_cost` units that stand
+// for its start and end, then its stages of tokens (its pieces of `split` tokens where
+// split > 0).  CTA i of n takes units [total i / n, total (i + 1) / n) and walks the pieces in
+// them.
+#pragma once
+
+#include "mla_decode/mla_decode.h"
+#include "mla_decode/mla_decode_config.h"
+
+namespace zebra {
+namespace {
+
+// What combines the partial results of one item: `first`, then `rest`, `rest + step`, ...
+struct MlaUnit {
+  int item;   // sequence * passes + pass
+  int count;  // partial results; below 2 there is nothing to do
+  std::int64_t first, rest;
+  int step, unused;
+};
+static_assert(sizeof(MlaUnit) == kMlaUnitBytes, "the workspace counts on it");
+
+// What the device needs, in the widths it needs: every cold instruction and constant line delays a
+// short launch, so nothing here is wider than it must be.
+struct MlaArgs {
+  const void *q, *cache;
+  const std::int32_t *block_table, *seq_lens;
+  void* o;
+  float* lse;
+  float2* stats;  // [partials, 16 groups]: reference exponent, sum
+  float* sums;    // [partials, 16 groups, rank]
+  MlaUnit* units;
+  std::int64_t q_stride[3], page_stride, row_stride, table_stride, seq_lens_stride;
+  MlaDivisor page, unit, heads;  // unit: tokens of a unit of the line, a stage or a piece
+  int batch, tokens, rows;       // tokens: new ones of a sequence; rows: tokens x heads
+  int R, E, pages;
+  int max_tokens;  // of a sequence: what the block table has room for
+  int passes, halves, groups, log_groups, log_team;  // team: groups x halves
+  int streams, slots, least;                         // log2 of the units that a CTA is woken for
+  int q_offset, ring_offset, item_cost, pieces;
+  int unit_count;  // that the combination looks at; 0: there is none
+  bool is_split, unit_per_item;
+  float scale;  // to base 2
+};
+
+struct MlaShare {
+  int low, high;      // units of this CTA
+  int each, larger;   // of a CTA at least; CTAs that have one more, the first ones
+  int batch, start;   // the first sequence of the share and where it starts on the line
+  int length, units;  // of it
+};
+
+__device__ __forceinline__ int mla_length(const MlaArgs& a, int b) {
+  const int length = __ldg(a.seq_lens + b * a.seq_lens_stride);
+  return min(max(length, 0), a.max_tokens);
+}
+// Units of an item of a sequence.
+__device__ __forceinline__ int mla_units(const MlaArgs& a, int length) {
+  const int whole = a.unit.quotient(length);
+  return whole + (whole * a.unit.divisor != length);
+}
+__device__ __forceinline__ int mla_weight(const MlaArgs& a, int units) {
+  return units == 0 ? 0 : a.passes * (units + a.item_cost);
+}
+
+// This CTA's share.  All threads call it, and a barrier follows; `scratch` is shared memory for
+// kMlaWarps ints.  One look at the lengths, thread t at the t-th of equal runs of sequences.
+__device__ __forceinline__ void mla_share(const MlaArgs& a, int* scratch, MlaShare& s) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int run = (a.batch + 32 * kMlaWarps - 1) / (32 * kMlaWarps);
+  const int first = min(thread * run, a.batch), last = min(first + run, a.batch);
+  int sum = 0;
+#pragma unroll 1
+  for (int b = first; b < last; ++b) sum += mla_weight(a, mla_units(a, mla_length(a, b)));
+  int before = sum;  // of the threads up to this one
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int below = __shfl_up_sync(0xffffffffu, before, d);
+    if (lane >= d) before += below;
+  }
+  if (lane == 31) scratch[warp] = before;
+  __syncthreads();
+  before -= sum;
+  int total = 0;
+#pragma unroll
+  for (int w = 0; w < kMlaWarps; ++w) {
+    const int v = scratch[w];
+    if (w < warp) before += v;
+    total += v;
+  }
+  const int ctas = max(1, min(static_cast<int>(gridDim.x), total >> a.least));
+  const int each = total / ctas, larger = total - each * ctas, cta = blockIdx.x;
+  const int low = each * cta + min(cta, larger);
+  const int high = cta < ctas ? low + each + (cta < larger) : low;
+  if (thread == 0) {
+    s.low = low, s.high = high, s.each = each, s.larger = larger;
+    if (low >= high) s.batch = a.batch, s.start = high, s.length = s.units = 0;
+  }
+  if (low >= high || low < before || low >= before + sum) return;
+#pragma unroll 1
+  for (int b = first;; ++b) {
+    const int length = mla_length(a, b), units = mla_units(a, length);
+    const int weight = mla_weight(a, units);
+    if (low < before + weight) {
+      s.batch = b, s.start = before, s.length = length, s.units = units;
+      return;
+    }
+    before += weight;
+  }
+}
+
+// What the warps of a team know of a stage in their ring.
+struct MlaStep {
+  static constexpr int kFirst = 1, kLast = 2, kStop = 4;  // of a piece; after all pieces
+  int token, end;  // of the stage, of the piece; none left: the stream has no token of the piece
+  int length, b, pass, flags;
+  std::int64_t partial;
+
+  __device__ __forceinline__ void note(const MlaArgs& a, const struct MlaWalk& walk);
+};
+
+// Walks the pieces of a share in order.  It lies in shared memory, where it takes no registers from
+// the products; one lane moves it.
+struct MlaWalk {
+  int b, pass, start;     // the item and where it starts on the line
+  int length, units;      // of the item
+  int from, next, until;  // its units of this share: the first, the next one, the end
+  int token, end;         // the piece: cached tokens [token, end)
+  int stage, flags;       // the next stage of the stream: its first token, MlaStep's flags
+
+  // To before the first piece.
+  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaShare& s) {
+    const int item = s.units + a.item_cost;
+    pass = s.low < s.high && a.passes > 1 ? (s.low - s.start) / item : 0;
+    b = s.batch, start = s.start + pass * item, length = s.length, units = s.units;
+    from = next = until = token = end = stage = flags = 0;
+    if (s.low < s.high) open(a, s);
+  }
+  __device__ __forceinline__ void open(const MlaArgs& a, const MlaShare& s) {
+    from = next = max(0, s.low - start - a.item_cost);
+    until = min(units, s.high - start - a.item_cost);
+  }
+  // Opens the next piece; false: there is none.
+  __device__ __forceinline__ bool advance(const MlaArgs& a, const MlaShare& s) {
+#pragma unroll 1
+    while (next >= until) {
+      if (b >= a.batch) return false;
+      start += units + a.item_cost;
+      if (start >= s.high) return false;
+      if (++pass == a.passes) {
+        pass = 0;
+        do {
+          if (++b >= a.batch) return false;
+          length = mla_length(a, b);
+          units = mla_units(a, length);
+        } while (units == 0);
+      }
+      open(a, s);
+    }
+    token = next * a.unit.divisor;
+    next = a.is_split ? next + 1 : until;
+    // next * unit may pass 2^31 where the last unit is not full
+    end = next == units ? length : next * a.unit.divisor;
+    return true;
+  }
+  __device__ __forceinline__ int item(const MlaArgs& a) const { return b * a.passes + pass; }
+  // Where the open piece's partial result goes; -1: it is the whole item.
+  __device__ __forceinline__ std::int64_t partial(const MlaArgs& a) const {
+    if (a.is_split)
+      return units == 1 ? -1 : static_cast<std::int64_t>(item(a)) * a.pieces + (next - 1);
+    if (from == 0 && until == units) return -1;
+    return 2 * static_cast<int>(blockIdx.x) + (from == 0);
+  }
+  // Lists the item, whose first piece is open, for the combination.  One thread of the grid.
+  __device__ __forceinline__ void list(const MlaArgs& a, const MlaShare& s) const {
+    if (a.unit_count == 0) return;
+    MlaUnit u = {};
+    u.item = item(a);
+    if (a.is_split) {
+      u.count = units;
+      u.first = static_cast<std::int64_t>(u.item) * a.pieces;
+      u.rest = u.first + 1, u.step = 1;
+    } else {
+      // The owner of the item's last unit.
+      int last = start + a.item_cost + units - 1, owner = 0, each = s.each + 1;
+      const int larger = s.larger * each;
+      if (last >= larger) last -= larger, owner = s.larger, each = s.each;
+      u.count = owner + last / each - static_cast<int>(blockIdx.x) + 1;
+      u.first = 2 * static_cast<int>(blockIdx.x) + 1;
+      u.rest = u.first + 1, u.step = 2;
+    }
+    if (a.unit_per_item)
+      a.units[u.item] = u;
+    else if (u.count > 1)
+      a.units[blockIdx.x] = u;
+  }
+};
+
+__device__ __forceinline__ void MlaStep::note(const MlaArgs& a, const MlaWalk& walk) {
+  token = walk.stage, end = walk.end, length = walk.length, b = walk.b, pass = walk.pass;
+  flags = walk.flags;
+  partial = walk.partial(a);
+}
+
+}  // namespace
+}  // namespace zebra
