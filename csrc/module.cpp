@@ -57,12 +57,12 @@ py::dict ssd_scan_config(std::int64_t sequences, std::int64_t heads, int head_di
 py::dict ssd_scan_sm90_config(std::int64_t batch, std::int64_t tokens, std::int64_t heads,
                               std::int64_t x_heads, std::int64_t b_heads, std::int64_t c_heads,
                               int head_dim, int state_dim, bool norm, std::int64_t sequences,
-                              std::int64_t sms, bool batch_invariant) {
+                              std::int64_t sms, double gb_s, bool batch_invariant) {
   if (!zebra::ssd_scan_takes(head_dim) || !zebra::ssd_scan_takes(state_dim))
     throw py::value_error("zebra: ssd_scan has CUDA tiles for head_dim and state_dim 64 and 128");
   const zebra::SsdScanSm90Config c = zebra::select_ssd_scan_sm90_config(
-      {batch, sequences, tokens, heads, x_heads, b_heads, c_heads, head_dim, state_dim, norm}, sms,
-      batch_invariant);
+      {batch, sequences, tokens, heads, x_heads, b_heads, c_heads, head_dim, state_dim, norm},
+      {sms, gb_s}, batch_invariant);
   return py::dict(py::arg("heads") = c.heads, py::arg("head_slots") = c.head_slots,
                   py::arg("stages") = c.stages, py::arg("stage_bytes") = c.stage_bytes,
                   py::arg("zy_slots") = c.zy_slots, py::arg("smem_bytes") = c.smem_bytes,
@@ -121,5 +121,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("_ssd_scan_sm90_config", &ssd_scan_sm90_config, py::arg("batch"), py::arg("tokens"),
         py::arg("heads"), py::arg("x_heads"), py::arg("b_heads"), py::arg("c_heads"),
         py::arg("head_dim"), py::arg("state_dim"), py::arg("norm") = true, py::arg("sequences") = 0,
-        py::arg("sms") = 132, py::arg("batch_invariant") = false);
+        py::arg("sms") = 132, py::arg("gb_s") = 4250., py::arg("batch_invariant") = false);
 }

@@ -40,6 +40,10 @@ _SPECIAL: dict[tuple[str, torch.dtype], float] = {
     # lse of absorbed bf16 queries, which enter the matrix unit with 16 bits of mantissa, against
     # eager's 24: about 6 ulp of fp32.
     ("mla_decode.lse", torch.bfloat16): 12.0,
+    # On CUDA the probabilities are rounded too, beside what the eager form rounds; and absorbed
+    # queries round alike in both, of sums in another order.
+    ("mla_decode.matrix_units", torch.bfloat16): 2.0,
+    ("mla_decode.matrix_units", torch.float16): 2.0,
     # The backward pass reads o rounded, in sum(dO o) of every row, as FlashAttention does; eager
     # differentiates the unrounded one.  The sharper the softmax, the more of dq that is: two
     # roundings, the first amplified.  The bf16 matrix unit takes P and dS rounded as well.

@@ -2,19 +2,22 @@
 //
 // Computes       y and the final state of ssd_scan.h for 16-bit dtypes, P and N of 64 or 128.
 //                Derivation, steps and what was rejected: docs/kernels/ssd_scan.md.
-// Grid           persistent: items (sequence segment x head slot, heads fastest, so that heads of a
-//                group share x and B in L2) are dealt to one CTA a multiprocessor in turn.
-// Kernels        plan (packed sequences that may be cut), states (where sequences are cut),
-// forward. Tiles          ssd_scan_sm90_config.h: chunks of 64 tokens, one head of P = 128 or two
-// of 64. Warps          forward, 16: norm, decays, gate and store, load | 4 scores | 4 + 4 states.
-// Registers      48, 64, 200 and 200 of a thread; no spills.
-// Shared memory  P = N = 128 with the norm, 222 KiB: three stages of C, B and x (144), three slots
-// of
-//                z and y (48), two of masked scores (16), sums of squares (9), four of decays (4).
+// Work           all chunks of all sequences of all bundles of heads in one line, cut into equal
+//                shares: ssd_scan_sm90_config.h.  A share that begins inside a sequence starts from
+//                a state that a first kernel walked up to there, without outputs.
+// Kernels        plan (packed sequences that may be cut: where shares begin), states (where
+//                sequences are cut), forward, which starts while states ends.
+// Grid           persistent, one CTA a multiprocessor; a CTA walks one head of P = 128 or two of 64
+//                in chunks of 64 tokens.
+// Warps          forward, 16: norm, decays, gate and store, load | 4 scores | 4 + 4 states.
+//                states, 16: load, 3 decays | 4 scale x | 4 + 4 states.
+// Registers      forward 40, 72 (N = 64: 88) and 200 (192) of a thread; no spills.
+// Shared memory  forward, P = N = 128 with the norm, 222 KiB: three stages of C, B and x (144),
+//                three slots of z and y (48), two of masked scores (16), sums of squares (9), four
+//                of decays (4).  states: five stages of B and x (160), three of scaled x (48).
 // Barriers       full / empty of a stage, of decays, of scores; z there, y there; squares, 1 / rms.
-// Bound          HBM by bytes (3090 clk a chunk); measured, the latencies of the state warps.
-// Tested         on an H200 before two fixes that have not run on a GPU yet: the diagonal of the
-//                scores in fp32, and no launch for zero sequences.
+// Bound          HBM by bytes (3090 clk a chunk); measured, the chain of the state warps.
+// Measured       docs/kernels/ssd_scan.md and benchmarks/results/.
 #include <cstring>
 
 #include "common/cuda/launch.h"
@@ -43,11 +46,18 @@ Workspace workspace_of(const SsdScanParams& p, const SsdScanSm90Config& c) {
   return w;
 }
 
-int multiprocessors() {
-  int device = 0, sms = 132;
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  return sms;
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+SsdMachine machine() {
+  constexpr double kReached = 0.88;  // by a copy, of the memory's peak
+  const double ghz = 1e-6 * attribute(cudaDevAttrMemoryClockRate);
+  return {multiprocessors(), kReached * 2 * ghz * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8};
 }
 
 SsdScanSm90Config config_of(const SsdScanParams& p) {
@@ -55,7 +65,7 @@ SsdScanSm90Config config_of(const SsdScanParams& p) {
       {p.batch, p.cu_seqlens == nullptr ? 0 : p.sequences, p.tokens, p.heads, p.x_heads, p.b_heads,
        p.c_heads, static_cast<int>(p.head_dim), static_cast<int>(p.state_dim),
        p.norm_weight != nullptr},
-      multiprocessors(), env_is_set("ZEBRA_BATCH_INVARIANT"));
+      machine(), env_is_set("ZEBRA_BATCH_INVARIANT"));
 }
 
 // A [B, T, heads, dim] tensor in boxes of 64 tokens x `box` columns of one head.

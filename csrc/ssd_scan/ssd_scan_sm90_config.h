@@ -13,6 +13,7 @@ constexpr int kSsdTileBytes = kSsdChunk * 128;  // 64 tokens x 64 elements of 16
 constexpr int kSsdDecaySlots = 4;  // chunks whose decays are kept ready, a power of two
 constexpr int kSsdPmSlots = 2;     // chunks whose masked scores are kept ready
 constexpr int kSsdMostStages = 6;
+constexpr int kSsdScaledSlots = 3;         // chunks of scaled x in the walk for the states
 constexpr int kSsdSm90SmemBytes = 232448;  // shared memory of a CTA on sm_90
 
 // Sums of squares for the norm: a row for every 2 x 2 rows of a state warpgroup's registers.
@@ -23,6 +24,11 @@ constexpr int kSsdSquaresStride = kSsdChunk + 8;  // floats; four rows meet no b
 constexpr int ssd_scan_sm90_tiles_offset(int heads) {
   return round_up(512 + 2 * kSsdChunk * 4 + kSsdDecaySlots * heads * 4 * kSsdChunk * 4, 1024);
 }
+
+struct SsdMachine {
+  std::int64_t sms;  // multiprocessors
+  double gb_s;       // what a copy moves, read and written
+};
 
 struct SsdScanSm90Shape {
   std::int64_t rows;       // batch rows
@@ -49,8 +55,8 @@ struct SsdScanSm90Config {
   // Of the rings of z and y and of the masked scores, and of the sums of squares for the norm.
   int zy_offset, pm_offset, squares_offset;
   int smem_bytes;
-  // The walk for the states: a stage holds B and x.
-  int state_stage_bytes, state_stages, state_smem_bytes;
+  // The walk for the states: a stage holds B and x; a ring of scaled x, 16 KiB a slot.
+  int state_stage_bytes, state_stages, scaled_offset, state_smem_bytes;
   int width, bundles;  // slots of a bundle, bundles
   // A grain is 2^grain_shift chunks: cuts fall between grains.
   int grain_shift;
@@ -87,6 +93,14 @@ constexpr double kSsdStateChunk = 0.18;  // a chunk of the walk for the states
 constexpr double kSsdStateStart = 1.2;   // its first loads and the store of a state
 constexpr double kSsdStateLaunch = 1;    // a second kernel
 constexpr double kSsdFold = 0.3;         // reading the state of a part
+constexpr double kSsdChunkUs = 2.2;      // a chunk of the main walk where HBM is not in the way
+// Parts of the copy's rate that are reached: by whole sequences side by side, by cut ones.
+constexpr double kSsdWhole = 0.95, kSsdCut = 0.8;
+
+// Time of HBM for one grain of a line, in chunks of the main walk.
+struct SsdTraffic {
+  double main, state;
+};
 
 struct SsdCuts {
   double time;  // in chunks of the main walk
@@ -97,7 +111,7 @@ struct SsdCuts {
 // The time of `units` units for `lines` sequences of `grains` chunks each (of all bundles), with
 // `at_once` units on the machine.
 constexpr SsdCuts ssd_scan_time(std::int64_t lines, std::int64_t grains, std::int64_t units,
-                                std::int64_t at_once, int snap) {
+                                std::int64_t at_once, int snap, SsdTraffic hbm) {
   const std::int64_t line = lines * grains, share = line / units;
   // Grains to walk for states, the units that have any, the most of a unit.
   std::int64_t walked = 0, walks = 0, longest = 0, size = 0, before = 0;
@@ -113,9 +127,12 @@ constexpr SsdCuts ssd_scan_time(std::int64_t lines, std::int64_t grains, std::in
   }
   const double pieces = 1 + static_cast<double>(share) / static_cast<double>(grains);
   const double waves = static_cast<double>(ceil_div(units, at_once));
-  SsdCuts best = {waves * (static_cast<double>(size) + kSsdStart * pieces), units, 0};
+  const double computed = waves * (static_cast<double>(size) + kSsdStart * pieces);
+  const double moved =
+      static_cast<double>(line) * hbm.main / (walked == 0 ? kSsdWhole : kSsdCut) + kSsdStart;
+  const double main = computed > moved ? computed : moved;
+  SsdCuts best = {main, units, 0};
   if (walked == 0) return best;
-  const double main = best.time;
   for (int shift = 0; shift <= 3; ++shift) {
     const std::int64_t cuts = std::int64_t{1} << shift;
     const double part = static_cast<double>(ceil_div(longest, cuts));
@@ -123,7 +140,9 @@ constexpr SsdCuts ssd_scan_time(std::int64_t lines, std::int64_t grains, std::in
     const double even = static_cast<double>(walked) / static_cast<double>(at_once);
     const double walk =
         0.5 * (even + parts * part);  // between evenly and all as long as the longest
-    const double states = parts * kSsdStateStart + kSsdStateChunk * walk;
+    const double products = kSsdStateChunk * walk;
+    const double traffic = static_cast<double>(walked) * hbm.state / kSsdCut;
+    const double states = parts * kSsdStateStart + (products > traffic ? products : traffic);
     const double folds = kSsdFold * static_cast<double>(cuts) * waves;
     const double time = main + kSsdStateLaunch + states + folds;
     if (shift == 0 || time < best.time) best = {time, units, shift};
@@ -134,14 +153,14 @@ constexpr SsdCuts ssd_scan_time(std::int64_t lines, std::int64_t grains, std::in
 // Cuts `lines` sequences of `grains` chunks each: whole sequences, equal parts of them, or as many
 // equal shares as the machine takes at once.
 constexpr SsdCuts ssd_scan_cuts(std::int64_t lines, std::int64_t grains, std::int64_t at_once,
-                                int snap) {
-  constexpr std::int64_t kLeast = 4;    // chunks of a unit
-  constexpr std::int64_t kMost = 1024;  // units that are tried: more need no cuts
-  const double waves = static_cast<double>(ceil_div(lines, at_once));
-  SsdCuts best = {waves * (static_cast<double>(grains) + kSsdStart), lines, 0};
+                                int snap, SsdTraffic hbm) {
+  constexpr std::int64_t kLeast = 4;  // chunks of a unit
+  constexpr std::int64_t kWaves = 4;  // of units that are tried: more sequences need no cuts
+  if (lines > kWaves * at_once) return {0, lines, 0};
+  SsdCuts best = ssd_scan_time(lines, grains, lines, at_once, snap, hbm);
   const auto attempt = [&](std::int64_t units) {
-    if (units > kMost || units * kLeast > lines * grains) return;
-    const SsdCuts c = ssd_scan_time(lines, grains, units, at_once, snap);
+    if (units > kWaves * at_once || units * kLeast > lines * grains) return;
+    const SsdCuts c = ssd_scan_time(lines, grains, units, at_once, snap, hbm);
     if (c.time < best.time) best = c;
   };
   attempt(at_once);
@@ -153,8 +172,9 @@ constexpr SsdCuts ssd_scan_cuts(std::int64_t lines, std::int64_t grains, std::in
 
 // `invariant`: cuts every 2048 tokens of a sequence whatever the batch, so that its result does not
 // depend on what else is computed.
-constexpr SsdScanSm90Config select_ssd_scan_sm90_config(const SsdScanSm90Shape& s, std::int64_t sms,
-                                                        bool invariant) {
+constexpr SsdScanSm90Config select_ssd_scan_sm90_config(const SsdScanSm90Shape& s,
+                                                        const SsdMachine& machine, bool invariant) {
+  const std::int64_t sms = machine.sms;
   SsdScanSm90Config c = {};
   c.heads = 128 / s.head_dim;
   c.head_slots = static_cast<int>(ceil_div<std::int64_t>(s.heads, c.heads));
@@ -181,9 +201,11 @@ constexpr SsdScanSm90Config select_ssd_scan_sm90_config(const SsdScanSm90Shape& 
     if (c.smem_bytes <= kSsdSm90SmemBytes) break;
   }
   c.state_stage_bytes = c.stage_bytes - c.b_offset;
-  const int most = (kSsdSm90SmemBytes - tiles) / c.state_stage_bytes;
+  constexpr int kScaled = kSsdScaledSlots * 2 * kSsdTileBytes;
+  const int most = (kSsdSm90SmemBytes - tiles - kScaled) / c.state_stage_bytes;
   c.state_stages = most < kSsdMostStages ? most : kSsdMostStages;
-  c.state_smem_bytes = tiles + c.state_stages * c.state_stage_bytes;
+  c.scaled_offset = tiles + c.state_stages * c.state_stage_bytes;
+  c.state_smem_bytes = c.scaled_offset + kScaled;
 
   // A bundle: up to 16 slots, whole groups that read the same x and B, that leave the fewest
   // multiprocessors without work; of those the most, because neighbours share DRAM pages.
@@ -215,7 +237,13 @@ constexpr SsdScanSm90Config select_ssd_scan_sm90_config(const SsdScanSm90Shape& 
     c.units = useful < at_once ? useful : at_once;
     c.cut = c.units > 1 && c.grains > 2 * kSnap + 1;
   } else {
-    const detail::SsdCuts cuts = detail::ssd_scan_cuts(lines, c.grains, at_once, c.snap);
+    // Elements of a token: x and B; all that is read and written.
+    const std::int64_t inputs = s.x_heads * s.head_dim + s.b_heads * s.state_dim;
+    const std::int64_t all = inputs + s.c_heads * s.state_dim + 2 * s.heads * s.head_dim;
+    const double us = 2.0 * kSsdChunk / (1e3 * machine.gb_s) / static_cast<double>(c.bundles);
+    const detail::SsdTraffic hbm = {static_cast<double>(all) * us / detail::kSsdChunkUs,
+                                    static_cast<double>(inputs) * us / detail::kSsdChunkUs};
+    const detail::SsdCuts cuts = detail::ssd_scan_cuts(lines, c.grains, at_once, c.snap, hbm);
     c.units = cuts.units, c.state_cuts_shift = cuts.state_cuts_shift;
     c.cut = c.units != lines;
   }

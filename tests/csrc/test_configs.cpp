@@ -49,6 +49,8 @@ void rms_norm_tiles_cover_a_row() {
   static_assert(zebra::rms_norm_backward_ctas(1 << 20) == 528, "bounded partials");
 }
 
+constexpr zebra::SsdMachine kH200 = {132, 4250};
+
 // Unpacked: walks the units as the CTAs do and finds every grain once, in order.
 void ssd_scan_units_cover_the_line(const zebra::SsdScanSm90Config& c, const char* where) {
   std::int64_t before = 0;
@@ -65,7 +67,7 @@ void ssd_scan_units_cover_the_line(const zebra::SsdScanSm90Config& c, const char
 }
 
 void ssd_scan_cuts_cover_every_sequence(const zebra::SsdScanSm90Shape& s, bool invariant) {
-  const zebra::SsdScanSm90Config c = zebra::select_ssd_scan_sm90_config(s, 132, invariant);
+  const zebra::SsdScanSm90Config c = zebra::select_ssd_scan_sm90_config(s, kH200, invariant);
   char where[96];
   std::snprintf(where, sizeof(where), "%ld tokens, %ld sequences, %ld heads, P %d, N %d",
                 static_cast<long>(s.tokens), static_cast<long>(s.sequences),
@@ -104,7 +106,7 @@ void ssd_scan_tiles_fit() {
             }
   // One wave of the 132 multiprocessors of an H200 where it can be had.
   constexpr zebra::SsdScanSm90Config c =
-      zebra::select_ssd_scan_sm90_config({2, 0, 8192, 32, 8, 8, 32, 128, 128, true}, 132, false);
+      zebra::select_ssd_scan_sm90_config({2, 0, 8192, 32, 8, 8, 32, 128, 128, true}, kH200, false);
   static_assert(
       c.items <= 132 && c.items >= 128 && c.width == 4 && c.stages == 3 && c.zy_slots == 3,
       "the 8B layer, 2 x 8192");
