@@ -10,11 +10,11 @@
 // Grid           persistent, one CTA a multiprocessor; a CTA walks one head of P = 128 or two of 64
 //                in chunks of 64 tokens.
 // Warps          forward, 16: norm, decays, gate and store, load | 4 scores | 4 + 4 states.
-//                states, 16: load, 3 decays | 4 scale x | 4 + 4 states.
+//                states, 12: load, 3 decays | 4 + 4 states.
 // Registers      forward 40, 72 (N = 64: 88) and 200 (192) of a thread; no spills.
 // Shared memory  forward, P = N = 128 with the norm, 222 KiB: three stages of C, B and x (144),
 //                three slots of z and y (48), two of masked scores (16), sums of squares (9), four
-//                of decays (4).  states: five stages of B and x (160), three of scaled x (48).
+//                of decays (4).  states: six stages of B and x (192).
 // Barriers       full / empty of a stage, of decays, of scores; z there, y there; squares, 1 / rms.
 // Bound          HBM by bytes (3090 clk a chunk); measured, the chain of the state warps.
 // Measured       docs/kernels/ssd_scan.md and benchmarks/results/.

@@ -55,8 +55,8 @@ struct SsdScanSm90Config {
   // Of the rings of z and y and of the masked scores, and of the sums of squares for the norm.
   int zy_offset, pm_offset, squares_offset;
   int smem_bytes;
-  // The walk for the states: a stage holds B and x; a ring of scaled x, 16 KiB a slot.
-  int state_stage_bytes, state_stages, scaled_offset, state_smem_bytes;
+  // The walk for the states: a stage holds B and x.
+  int state_stage_bytes, state_stages, state_smem_bytes;
   int width, bundles;  // slots of a bundle, bundles
   // A grain is 2^grain_shift chunks: cuts fall between grains.
   int grain_shift;
@@ -201,11 +201,9 @@ constexpr SsdScanSm90Config select_ssd_scan_sm90_config(const SsdScanSm90Shape& 
     if (c.smem_bytes <= kSsdSm90SmemBytes) break;
   }
   c.state_stage_bytes = c.stage_bytes - c.b_offset;
-  constexpr int kScaled = kSsdScaledSlots * 2 * kSsdTileBytes;
-  const int most = (kSsdSm90SmemBytes - tiles - kScaled) / c.state_stage_bytes;
+  const int most = (kSsdSm90SmemBytes - tiles) / c.state_stage_bytes;
   c.state_stages = most < kSsdMostStages ? most : kSsdMostStages;
-  c.scaled_offset = tiles + c.state_stages * c.state_stage_bytes;
-  c.state_smem_bytes = c.scaled_offset + kScaled;
+  c.state_smem_bytes = tiles + c.state_stages * c.state_stage_bytes;
 
   // A bundle: up to 16 slots, whole groups that read the same x and B, that leave the fewest
   // multiprocessors without work; of those the most, because neighbours share DRAM pages.

@@ -6,7 +6,7 @@
 
 namespace zebra::sm90 {
 
-constexpr int kStatesThreads = 512;
+constexpr int kStatesThreads = 384;
 
 // B and x of every chunk: one warp.
 template <int kP>
@@ -42,109 +42,81 @@ __device__ __forceinline__ void load_states_walk(const SsdArgs& a) {
   }
 }
 
-// x times the weights of its tokens: one warpgroup.  Both tiles of a chunk, or the one that two
-// heads read with the weights of each.
-template <typename T, int kP>
-__device__ __forceinline__ void scale_walk(const SsdArgs& a) {
-  constexpr int kHeads = 128 / kP;
-  using S = Smem<kHeads>;
-  const SsdScanSm90Config& cfg = a.cfg;
-  const std::uint32_t base = keep(smem_addr(shared_memory));
-  const int thread = keep(static_cast<int>(threadIdx.x % 128)), lane = thread % 32;
-  char* const memory = static_cast<char*>(__cvta_shared_to_generic(base));
-  Ring r, out;
-  unsigned number = 0;  // of the step, over all pieces
-  for (Pieces<true> item(a); item.next();) {
-    for (int c = 0, chunks = item.chunks(); c < chunks; ++c) {
-      if (c % 2 == 0) wait_decays<kHeads>(base, number);
-      mbarrier_wait(base + S::kFull + 8 * r.slot, r.phase);
-      mbarrier_wait(base + S::kScaledEmpty + 8 * out.slot, out.phase ^ 1);
-      const PairDecays* const d = decays_of<kHeads, PairDecays>(base, number);
-      const char* const from =
-          memory + S::kTiles + r.slot * cfg.state_stage_bytes + cfg.x_offset - cfg.b_offset;
-      char* const to = memory + cfg.scaled_offset + out.slot * 2 * kTile;
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = (thread + 128 * i) * 16, token = at / 128;
-          // The halves of a token's factor, each twice.
-          const uint2 pair = d[kHeads == 2 ? tile : 0].w[32 * (c % 2) + token / 2];
-          const unsigned select = token % 2 == 0 ? 0x1010 : 0x3232;
-          const uint2 factors = {__byte_perm(pair.x, 0, select), __byte_perm(pair.y, 0, select)};
-          uint4 v = *reinterpret_cast<const uint4*>(from + tile * cfg.x_step + at);
-          v.x = scale_pair<T>(v.x, factors), v.y = scale_pair<T>(v.y, factors);
-          v.z = scale_pair<T>(v.z, factors), v.w = scale_pair<T>(v.w, factors);
-          *reinterpret_cast<uint4*>(to + tile * kTile + at) = v;
-        }
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) {
-        mbarrier_arrive(base + S::kScaledFull + 8 * out.slot);
-        mbarrier_arrive(base + S::kEmpty + 8 * r.slot);
-      }
-      const bool done = c % 2 == 1 || c + 1 == chunks;  // with the step's decays
-      if (done && lane == 0) mbarrier_arrive(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots));
-      number += done;
-      r.advance(cfg.state_stages);
-      out.advance(kSsdScaledSlots);
-    }
-  }
-}
-
 // h^T = exp2(s_127) h^T + (w X)^T B, two chunks a step, so that the state is multiplied half as
-// often: 64 rows of h^T a warpgroup.
+// often.  The x of one chunk is scaled while the product of the chunk before runs.
 template <typename T, int kP, int kN>
 __device__ __forceinline__ void states_walk(const SsdArgs& a) {
   constexpr int kHeads = 128 / kP, kRegs = kN / 2;
   using S = Smem<kHeads>;
+  using Scaled = std::uint32_t[4][4];
   const SsdScanSm90Config& cfg = a.cfg;
-  const int unit = warpgroup_index() - 2, of = kHeads == 2 ? unit : 0;
+  const int unit = warpgroup_index() - 1, of = kHeads == 2 ? unit : 0;
+  const int bytes = cfg.state_stage_bytes;
   const std::uint32_t base = keep(smem_addr(shared_memory));
+  const std::uint32_t offset =
+      keep(matrix_offset()) + cfg.x_offset - cfg.b_offset + unit * cfg.x_step;
   const int lane = keep(static_cast<int>(threadIdx.x % 32));
-  Ring r, x;            // of B, of scaled x: the next product
-  Ring used_r, used_x;  // the next to give back
+  Ring r, x;            // of the product, of the scaling
   unsigned number = 0;  // of the step, over all pieces
   for (Pieces<true> item(a); item.next();) {
     float h[kRegs];
 #pragma unroll
     for (int k = 0; k < kRegs; ++k) h[k] = 0.f;
     float log2_decay = 0.f;
-    const auto product = [&] {
-      mbarrier_wait(base + S::kScaledFull + 8 * x.slot, x.phase);  // B came before it
-      const std::uint64_t dx =
-          wgmma_descriptor(base + cfg.scaled_offset + (2 * x.slot + unit) * kTile, kTile);
-      const std::uint64_t db = wgmma_descriptor(
-          base + S::kTiles + r.slot * cfg.state_stage_bytes + of * cfg.b_step, kTile);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_ss_mn<T>(h, advance(dx, 2048 * k), advance(db, 2048 * k));
-      wgmma_commit();
-      r.advance(cfg.state_stages), x.advance(kSsdScaledSlots);
-    };
-    const auto release = [&] {  // a product is done, its tiles are free
-      __syncwarp();
-      if (lane == 0) {
-        mbarrier_arrive(base + S::kScaledEmpty + 8 * used_x.slot);
-        mbarrier_arrive(base + S::kEmpty + 8 * used_r.slot);
-      }
-      used_r.advance(cfg.state_stages), used_x.advance(kSsdScaledSlots);
-    };
-    for (int left = item.chunks(); left > 0; left -= 2) {
-      wait_decays<kHeads>(base, number);
+    // x of the next chunk, the first or the second of a step.
+    const auto scale = [&](Scaled& out, int second) {
+      mbarrier_wait(base + S::kFull + 8 * x.slot, x.phase);
       const PairDecays& d = decays_of<kHeads, PairDecays>(base, number)[of];
-      const float decay = d.decay;
-      log2_decay += d.log2_decay;
-      arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
-      ++number;
+      const std::uint32_t tile = base + S::kTiles + x.slot * bytes + offset;
 #pragma unroll
-      for (int k = 0; k < kRegs; ++k) h[k] *= decay;
-      wgmma_hold(h);
-      product();
+      for (int k = 0; k < 4; ++k) {
+        std::uint32_t v[4];
+        ldmatrix_x4_trans(v, tile + k * 2048);
+        scale_tokens<T>(out[k], v, d.w + 32 * second + 8 * k, lane);
+      }
+      x.advance(cfg.state_stages);
+    };
+    const auto product = [&](const Scaled& scaled) {
+      const std::uint64_t db =
+          wgmma_descriptor(base + S::kTiles + r.slot * bytes + of * cfg.b_step, kTile);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma_rs<T, Major::kMN>(h, scaled[k], advance(db, 2048 * k));
+      wgmma_commit();
+    };
+    // A product is done, its tiles are free.
+    const auto release = [&] {
+      arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
+      r.advance(cfg.state_stages);
+    };
+    Scaled first, second;
+    wait_decays<kHeads>(base, number);
+    scale(first, 0);
+    for (int left = item.chunks(); left > 0; left -= 2) {
+      {
+        const PairDecays& d = decays_of<kHeads, PairDecays>(base, number)[of];
+        const float decay = d.decay;
+        log2_decay += d.log2_decay;
+#pragma unroll
+        for (int k = 0; k < kRegs; ++k) h[k] *= decay;
+      }
+      wgmma_fence(h);
+      product(first);
       if (left > 1) {
-        product();
+        scale(second, 1);
+        wgmma_fence();
+        // The descriptor of the second chunk: the first has not been released yet.
+        const Ring before = r;
+        r.advance(cfg.state_stages);
+        product(second);
+        r = before;
         wgmma_wait<1>();
         release();
+      }
+      arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
+      ++number;
+      if (left > 2) {
+        if (left > 1) wait_decays<kHeads>(base, number);
+        scale(first, 0);
       }
       wgmma_wait<0>(h);
       release();
@@ -164,12 +136,9 @@ __global__ void __launch_bounds__(kStatesThreads, 1)
   constexpr int kHeads = 128 / kP;
   using S = Smem<kHeads>;
   if (threadIdx.x == 0) {
-    init_barriers(S::kFull, a.cfg.state_stages, 1);
-    init_barriers(S::kEmpty, a.cfg.state_stages, 12);
+    init_barriers(S::kFull, a.cfg.state_stages, 1), init_barriers(S::kEmpty, a.cfg.state_stages, 8);
     init_barriers(S::kDecayFull, kSsdDecaySlots, 1);
-    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 12);
-    init_barriers(S::kScaledFull, kSsdScaledSlots, 4);
-    init_barriers(S::kScaledEmpty, kSsdScaledSlots, 8);
+    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 8);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -178,8 +147,6 @@ __global__ void __launch_bounds__(kStatesThreads, 1)
   if (warp < 4) {
     if (warp == 0) load_states_walk<kP>(a);
     if (warp > 0) decay_walk<T, kHeads, true>(a, warp - 1, 3);
-  } else if (warp < 8) {
-    scale_walk<T, kP>(a);
   } else {
     states_walk<T, kP, kN>(a);
   }

@@ -192,9 +192,6 @@ struct Smem {
   static constexpr int kZyFull = kDecayEmpty + 8 * kSsdDecaySlots, kYFull = kZyFull + 8 * 3;
   static constexpr int kPmFull = kYFull + 8 * 3, kPmEmpty = kPmFull + 8 * kSsdPmSlots;
   static constexpr int kSquaresFull = kPmEmpty + 8 * kSsdPmSlots, kRstdFull = kSquaresFull + 8;
-  // Of the walk for the states, which has no z, no y and three slots of scaled x.
-  static constexpr int kScaledFull = kZyFull, kScaledEmpty = kYFull;
-  static_assert(kSsdScaledSlots == 3);
   static constexpr int kHeldPieces = 256;             // Pieces of the 8 warps of states
   static constexpr int kRstd = 512;                   // float [heads][64]: 1 / rms of the tokens
   static constexpr int kDecays = kRstd + 2 * kQ * 4;  // Decays [slots][heads]

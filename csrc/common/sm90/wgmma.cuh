@@ -126,34 +126,6 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const std::uint32_t (&a
 #undef ZEBRA_RS
 }
 
-// D += A B, both MN-major in shared memory; N = 64 or 128 by the size of d.
-template <typename T>
-__device__ __forceinline__ void wgmma_ss_mn(float (&d)[32], std::uint64_t a, std::uint64_t b) {
-#define ZEBRA_SS(TYPE)                                                                    \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" ZEBRA_P32 \
-               "}, %32, %33, 1, 1, 1, 1, 1;\n"                                            \
-               : ZEBRA_D32(d, 0)                                                          \
-               : "l"(a), "l"(b))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    ZEBRA_SS("bf16");
-  else
-    ZEBRA_SS("f16");
-#undef ZEBRA_SS
-}
-template <typename T>
-__device__ __forceinline__ void wgmma_ss_mn(float (&d)[64], std::uint64_t a, std::uint64_t b) {
-#define ZEBRA_SS(TYPE)                                                                     \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" ZEBRA_P64 \
-               "}, %64, %65, 1, 1, 1, 1, 1;\n"                                             \
-               : ZEBRA_D32(d, 0), ZEBRA_D32(d, 32)                                         \
-               : "l"(a), "l"(b))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    ZEBRA_SS("bf16");
-  else
-    ZEBRA_SS("f16");
-#undef ZEBRA_SS
-}
-
 #undef ZEBRA_D8
 #undef ZEBRA_D32
 #undef ZEBRA_P32
