@@ -21,9 +21,16 @@ FAST_PATH = {
     "sm_90": {
         "rms_norm_fwd_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "rms_norm_bwd_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
+        "linear_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
         "ssd_scan_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
     },
     "sm_90a": {
+        "linear_decode_sm90_kernel": (
+            r"HGMMA\.64x16x16\.F32",
+            r"UTMALDG\.[23]D",
+            r"ACQBULK",
+            r"PREEXIT",
+        ),
         "ssd_scan_forward_kernel": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.5D", r"UTMASTG\.5D"),
         "ssd_scan_states_kernel": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.5D"),
     },

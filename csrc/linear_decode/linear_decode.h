@@ -6,6 +6,9 @@
 
 #include "common/cpu/isa.h"
 #include "common/dtype.h"
+#include "common/status.h"
+
+struct CUstream_st;
 
 namespace zebra {
 
@@ -31,6 +34,14 @@ struct LinearDecodeEnds {
   void* h;
   const void* products;
 };
+
+// On CUDA: 16-bit dtypes and at most kLinearCudaRows rows.
+constexpr std::int64_t kLinearCudaRows = 128;
+Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream);
+Status linear_decode_portable(const LinearDecodeParams& p, CUstream_st* stream);  // sm_80 and later
+// The Hopper kernel moves x, W and norm_weight in units of 16 bytes.
+bool linear_decode_sm90_takes(const LinearDecodeParams& p);
+Status linear_decode_sm90(const LinearDecodeParams& p, CUstream_st* stream);
 
 }  // namespace zebra
 

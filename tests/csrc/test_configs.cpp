@@ -2,6 +2,8 @@
 #include <cstdio>
 #include <initializer_list>
 
+#include "linear_decode/linear_decode_config.h"
+#include "linear_decode/linear_decode_sm90_config.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_sm90_config.h"
 
@@ -83,9 +85,70 @@ void ssd_scan_tiles_fit() {
   static_assert(c.items == 128 && c.stages == 3 && c.zy_slots == 3, "the 8B layer, 2 x 8192");
 }
 
+// Every output belongs to one unit, every step along K to one CTA, and no product reads past the
+// shared memory of its CTA.
+void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s, int sms) {
+  const zebra::LinearDecodeSm90Config c = zebra::select_linear_decode_sm90_config(s, sms);
+  const auto N = static_cast<long>(s.outputs), K = static_cast<long>(s.K);
+  const auto rows = static_cast<long>(s.rows);
+#define EXPECT_HERE(condition) EXPECT(condition, "%ld rows, N %ld, K %ld, %d SMs", rows, N, K, sms)
+  EXPECT_HERE(c.tokens >= s.rows && (c.tokens == 8 || c.tokens < 2 * s.rows));
+  EXPECT_HERE(c.unit >= 8 && c.unit <= (s.swiglu ? 64 : 128) && c.unit <= 64 * c.row_tiles);
+  const std::int64_t covered = std::int64_t{c.clusters} * c.units * c.unit;
+  EXPECT_HERE(covered >= s.outputs && covered - std::int64_t{c.units} * c.unit < s.outputs);
+  EXPECT_HERE(c.clusters * c.cluster <= (sms < c.cluster ? c.cluster : sms));
+  EXPECT_HERE(std::int64_t{c.steps} * c.boxes * 64 >= s.K &&
+              std::int64_t{c.steps - 1} * c.boxes * 64 < s.K);
+  EXPECT_HERE(zebra::linear_ring_turns(c) && c.stages <= zebra::kLinearMostStages);
+  const int most = c.tokens > 64 ? zebra::kLinearWholeSmemBytes : zebra::kLinearHalfSmemBytes;
+  EXPECT_HERE(c.smem_bytes <= most);
+  EXPECT_HERE(c.weight_box % 1024 == 0 && c.second_offset % 1024 == 0 && c.x_box % 1024 == 0 &&
+              c.stage_bytes % 1024 == 0 && c.staging_offset % 1024 == 0);
+  EXPECT_HERE(c.gain_offset + c.gain_bytes <= c.stage_bytes);
+  const int last_box = c.staging_offset - c.stage_bytes + (c.boxes - 1) * c.weight_box;
+  EXPECT_HERE(last_box + (c.row_tiles - 1) * c.second_offset + 8192 <= c.smem_bytes);
+  const int held = c.smem_bytes - c.staging_offset;
+  EXPECT_HERE(held >=
+              zebra::linear_staged_tokens(c.tokens) * zebra::linear_staging_pitch(c.row_tiles) * 4);
+  EXPECT_HERE(c.cluster == 1 || held >= c.tokens / 2 * 64 * c.row_tiles * 4);
+  // How sums are split must not depend on the GPU.
+  const zebra::LinearDecodeSm90Config other = zebra::select_linear_decode_sm90_config(s, 78);
+  EXPECT_HERE(c.cluster == other.cluster && c.slices == other.slices);
+  EXPECT_HERE(c.boxes % c.slices == 0 && (c.slices == 1 || c.slices * c.weight_box <= 8192));
+  // Enough of the weight on its way, where there is that much.
+  const int wanted = c.stages * c.boxes * c.unit * 128 * (s.swiglu ? 2 : 1);
+  const bool all = c.stages >= (c.steps / c.cluster) * c.units;
+  EXPECT_HERE(sms != 132 || all || s.outputs < 2048 || wanted >= 24 * 1024);
+#undef EXPECT_HERE
+}
+
+void linear_decode_tiles_fit() {
+  for (const int sms : {1, 78, 114, 132, 144})
+    for (const std::int64_t rows : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128})
+      for (const std::int64_t K : {1, 64, 72, 1000, 2048, 4096, 14336})
+        for (std::int64_t N = 1; N < 300000; N += N < 300 ? 1 : N / 7)
+          for (const bool swiglu : {false, true})
+            for (const int norm_bytes : {0, 2, 4})
+              linear_decode_units_cover_the_outputs(
+                  {rows, N, K, swiglu, norm_bytes > 0, norm_bytes}, sms);
+  // The shapes of decoding on an H200: the share of the busiest multiprocessor is near the mean.
+  for (const std::int64_t N : {2048, 2208, 3264, 4096, 4320, 10272, 14336, 128256}) {
+    const zebra::LinearDecodeSm90Config c =
+        zebra::select_linear_decode_sm90_config({8, N, 4096, false, false, 2}, 132);
+    EXPECT(132.0 * c.units * c.unit < 1.05 * static_cast<double>(N), "N %ld", static_cast<long>(N));
+  }
+  for (const std::int64_t rows : {1, 8, 9, 16, 17, 128}) {
+    const zebra::LinearDecodeConfig c = zebra::select_linear_decode_config(rows, 1000, true);
+    EXPECT(c.tokens * c.ctas_tokens >= rows && c.ctas_outputs * zebra::kLinearTileRows >= 1000 &&
+               c.smem_bytes <= 99 * 1024,
+           "%ld rows", static_cast<long>(rows));
+  }
+}
+
 }  // namespace
 
 int main() {
+  linear_decode_tiles_fit();
   rms_norm_tiles_cover_a_row();
   ssd_scan_tiles_fit();
   std::printf(failures == 0 ? "configs: all promises hold\n" : "configs: %d failures\n", failures);
