@@ -10,33 +10,38 @@
 //                `units` units of outputs in turn (linear_decode_sm90_config.h).  With 64 tokens
 //                and more, and few rows, two CTAs share rows and halve K, so that x is read from L2
 //                half as often; they exchange sums, each finishes half of the tokens.
-// Warps          load (one thread) | norm, 3 warps | product, a warpgroup for 64 rows (1 or 2).
+// Warps          load (one thread) | squares of x, 3 warps | product, a warpgroup for 64 rows (1 or
+//                2).
 // Slices         where a share has at most 16 or 32 rows, the 64 rows of a product are those of 4
 //                or 2 pieces of K: a quarter or half of the products, of which the diagonal is
 //                summed.  So small weights, which are in shared memory before x is, do not wait on
 //                the tensor cores.
-// Norm           y = rms(x)^-1 W (gain x): the norm warps multiply x by the gain where it lies and
-//                sum its squares; the product's sums are scaled at the end.
+// Norm           y = rms(x)^-1 (W gain) x: with a norm W goes through registers, where it is
+//                multiplied by the gain, whatever the number of tokens; the squares of x are summed
+//                beside the products, whose sums are scaled at the end.  (Multiplying x by the gain
+//                in shared memory, between copy and product, made every stage wait for it.)
 // Swiglu         the first warpgroup multiplies gate rows, the second the same outputs' up rows.
-// Shared memory  a ring of stages (W 8 KB or more, x, gain), 2 KB of barriers and sums, sums on
-//                their way out.  Up to 64 tokens 113 KB: CTAs of two launches fit side by side, so
-//                that the next launch fills its ring while this one ends, and HBM never idles.
-// Barriers       full (copies), ready (normed), empty of a stage; squares; the peer's sums, twice.
+// Shared memory  a ring of stages (W 8 KB or more, x), their gains, 3 KB of barriers, sums on
+//                their way out.  Where 64 rows of W meet at most 64 tokens, 113 KB: CTAs of two
+//                launches fit side by side, and the next launch fills its ring while this one ends.
+// L2             what the ring does not hold is asked for into L2 while x is not there yet, so that
+//                HBM does not idle from one launch to the next.
+// Barriers       full (copies), empty of a stage; squares; the peer's sums, twice.
 // Launch         with the programmatic attribute.  Under stream capture W is requested into shared
 //                memory before the preceding kernel has ended: in a graph it must not be written by
 //                the launch just before.  Otherwise it is requested into L2, where any write to it
 //                is seen.  Dependents start when the last copy is issued.
-// Registers      at most 90 a thread up to 64 tokens, 114 at 128; no spills.
+// Registers      at most 128 a thread with 64 rows of W (128 tokens: 88 and 168, moved between the
+//                warpgroups), 80 with 128 rows and up to 32 tokens, 168 beyond.
 // Alignment      rows of x and W, and norm_weight, to 16 bytes; other calls take the portable
 //                kernel (linear_decode_cuda.cu).
 // Bound          HBM: W once.  Through L2 x is read once a CTA (tokens / unit of W's bytes).
-// Predicted      H200 at 4.3 TB/s, in a chain with programmatic edges: 4096 x 4096 8.3 us up to 16
-//                tokens (4.0 TB/s of W), 8.8 at 32, 9.3 at 64, 11.8 at 128; 14336 x 4096 28 us;
-//                2048 x 2048 2.6 us; 128256 x 4096 250 us up to 64 tokens.
+// Predicted      in a chain with programmatic edges, over the time of reading W: 4096 x 4096 1.08
+// up
+//                to 16 tokens, 1.15 at 32, 1.2 at 64, 1.5 at 128, a norm 0.03 more; 128256 x 4096
+//                1.05 up to 64 tokens.  2048 x 2048 is bound by latency: 4 us up to 16 tokens.
 // Measured       not yet.
 #include "linear_decode/linear_decode_sm90_launch.h"
-
-#include <cstring>
 
 #include "common/cuda/launch.h"
 #include "common/sm90/tma.h"
@@ -128,10 +133,10 @@ Status encode(CUtensorMap* map, const LinearDecodeParams& p, const void* data, s
 
 Status linear_decode_launch(const LinearDecodeParams& p, Early early,
                             const LinearDecodeSm90Tuning& tuning, cudaStream_t stream) {
-  LinearArgs args;
-  std::memset(&args, 0, sizeof(args));
+  LinearArgs args = {};
   args.p = p;
   args.early = early;
+  args.starts_next_first = tuning.starts_next_first;
   args.cfg =
       select_linear_decode_sm90_config({p.rows, p.outputs, p.K, p.swiglu, p.norm_weight != nullptr,
                                         p.norm_weight_dtype == DType::kFloat32 ? 4 : 2},

@@ -11,7 +11,7 @@ namespace zebra {
 constexpr int kLinearMostTokens = 128;  // rows of x
 constexpr int kLinearBox = 64;          // elements of K that one copy brings: 128 bytes of a row
 constexpr int kLinearMostStages = 16;
-constexpr int kLinearHeaderBytes = 2048;  // barriers and sums of squares
+constexpr int kLinearHeaderBytes = 3072;  // barriers and sums of squares
 
 // Shared memory of a CTA where two fit on a multiprocessor, and where one does (sm_90).
 constexpr int kLinearHalfSmemBytes = 115712, kLinearWholeSmemBytes = 232448;
@@ -40,16 +40,19 @@ struct LinearDecodeSm90Config {
   int cluster;    // CTAs that share the rows of a unit
   int slices;     // boxes along K that one product takes together
   int unit;
-  int units;                  // of a cluster
-  int clusters;               // in all
-  int boxes;                  // of the weight in a stage
-  int steps;                  // of a unit, over both CTAs of a cluster
-  int second_offset;          // bytes from the first warpgroup's rows of a box to the second's
-  int weight_box, x_box;      // bytes in shared memory from one box to the next
-  int gain_bytes;             // of norm_weight in a stage
-  int x_offset, gain_offset;  // in a stage
-  int stage_bytes, stages;    // of the ring
-  int staging_offset;         // fp32 sums on their way out
+  int units;                // of a cluster
+  int clusters;             // in all
+  int boxes;                // of the weight in a stage
+  int steps;                // of a unit, over both CTAs of a cluster
+  int second_offset;        // bytes from the first warpgroup's rows of a box to the second's
+  int weight_box, x_box;    // bytes in shared memory from one box to the next
+  int gain_bytes;           // of norm_weight that belong to a stage
+  int x_offset;             // in a stage
+  int stage_bytes, stages;  // of the ring
+  int ahead;                // stages of the weight asked for into L2 ahead of the ring
+  bool keeps_ahead;         // to the end, rather than once, while x is not there yet
+  int staging_offset;       // fp32 sums on their way out
+  int gain_offset;          // the gains of all stages, one behind the other
   int smem_bytes;
 };
 
@@ -60,10 +63,22 @@ constexpr int linear_staging_pitch(int row_tiles) { return 64 * row_tiles + 4; }
 // What a caller may fix to measure with; 0: chosen here.
 struct LinearDecodeSm90Tuning {
   int cluster = 0, boxes = 0, smem_bytes = 0;
+  int ahead_bytes = -1;  // of the weight in L2 ahead of a CTA's ring; -1: chosen here
+  bool keeps_ahead = false, starts_next_first = false;
 };
 
-// From this much shared memory on, two CTAs do not fit on a multiprocessor.
-constexpr bool linear_fills_sm(int tokens) { return tokens > 64; }
+// Bytes of the weight that a CTA asks for into L2 when its ring is full and x is not there yet.
+// The next launch's ring fills beside the tail of this one's, so without more to fetch HBM would
+// idle from there until x has come and the ring has turned: about 2 us, or 6 MB.
+constexpr int kLinearAheadBytes = 65536;
+
+// Whether a CTA takes the shared memory of a multiprocessor for itself: then a launch starts when
+// the one before it has ended, but its ring holds twice as much.
+constexpr bool linear_fills_sm(int tokens, int row_tiles) { return tokens * row_tiles > 64; }
+// CTAs of a multiprocessor that registers are kept for.
+constexpr int linear_ctas_of_sm(int tokens, int row_tiles) {
+  return tokens > 32 && row_tiles == 2 ? 1 : 2;
+}
 
 constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
     const LinearDecodeSm90Shape& s, int sms, const LinearDecodeSm90Tuning& tuning = {}) {
@@ -104,9 +119,8 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   if (c.boxes < c.slices) c.boxes = c.slices;
   c.steps = static_cast<int>(ceil_div<std::int64_t>(s.K, kLinearBox * c.boxes));
   c.x_offset = c.boxes * c.weight_box;
-  c.gain_offset = c.x_offset + c.boxes * c.x_box;
+  c.stage_bytes = c.x_offset + c.boxes * c.x_box;
   c.gain_bytes = s.norm ? c.boxes * kLinearBox * s.norm_bytes : 0;
-  c.stage_bytes = round_up(c.gain_offset + c.gain_bytes, 1024);
 
   // Sums of the other CTA's half of the tokens, or of the tokens that are on their way out.
   const int exchanged = c.cluster == 2 ? c.tokens / 2 * 64 * c.row_tiles * 4 : 0;
@@ -116,14 +130,19 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   const int past = (c.row_tiles - 1) * c.second_offset + 64 * 2 * kLinearBox;
   const int behind = c.stage_bytes - (c.boxes - 1) * c.weight_box + staging;
   const int slack = past > behind ? past - behind : 0;
-  int most_bytes = linear_fills_sm(c.tokens) ? kLinearWholeSmemBytes : kLinearHalfSmemBytes;
+  int most_bytes =
+      linear_fills_sm(c.tokens, c.row_tiles) ? kLinearWholeSmemBytes : kLinearHalfSmemBytes;
   if (tuning.smem_bytes != 0) most_bytes = tuning.smem_bytes;
-  const int fit = (most_bytes - kLinearHeaderBytes - staging - slack) / c.stage_bytes;
+  const int fit =
+      (most_bytes - kLinearHeaderBytes - staging - slack) / (c.stage_bytes + c.gain_bytes);
   const int needed = ceil_div(c.steps, c.cluster) * c.units;
   c.stages = fit < kLinearMostStages ? fit : kLinearMostStages;
   if (needed < c.stages) c.stages = needed;
+  c.ahead = (tuning.ahead_bytes < 0 ? kLinearAheadBytes : tuning.ahead_bytes) / c.x_offset;
+  c.keeps_ahead = tuning.keeps_ahead;
   c.staging_offset = kLinearHeaderBytes + c.stages * c.stage_bytes;
-  c.smem_bytes = c.staging_offset + staging + slack;
+  c.gain_offset = c.staging_offset + staging;
+  c.smem_bytes = c.gain_offset + c.stages * c.gain_bytes + slack;
   return c;
 }
 

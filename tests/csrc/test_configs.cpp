@@ -100,14 +100,16 @@ void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s
   EXPECT_HERE(std::int64_t{c.steps} * c.boxes * 64 >= s.K &&
               std::int64_t{c.steps - 1} * c.boxes * 64 < s.K);
   EXPECT_HERE(zebra::linear_ring_turns(c) && c.stages <= zebra::kLinearMostStages);
-  const int most = c.tokens > 64 ? zebra::kLinearWholeSmemBytes : zebra::kLinearHalfSmemBytes;
+  const int most = zebra::linear_fills_sm(c.tokens, c.row_tiles) ? zebra::kLinearWholeSmemBytes
+                                                                 : zebra::kLinearHalfSmemBytes;
   EXPECT_HERE(c.smem_bytes <= most);
   EXPECT_HERE(c.weight_box % 1024 == 0 && c.second_offset % 1024 == 0 && c.x_box % 1024 == 0 &&
               c.stage_bytes % 1024 == 0 && c.staging_offset % 1024 == 0);
-  EXPECT_HERE(c.gain_offset + c.gain_bytes <= c.stage_bytes);
+  EXPECT_HERE(c.gain_offset % 16 == 0 && c.gain_bytes % 16 == 0 &&
+              c.gain_offset + c.stages * c.gain_bytes <= c.smem_bytes);
   const int last_box = c.staging_offset - c.stage_bytes + (c.boxes - 1) * c.weight_box;
   EXPECT_HERE(last_box + (c.row_tiles - 1) * c.second_offset + 8192 <= c.smem_bytes);
-  const int held = c.smem_bytes - c.staging_offset;
+  const int held = c.gain_offset - c.staging_offset;
   EXPECT_HERE(held >=
               zebra::linear_staged_tokens(c.tokens) * zebra::linear_staging_pitch(c.row_tiles) * 4);
   EXPECT_HERE(c.cluster == 1 || held >= c.tokens / 2 * 64 * c.row_tiles * 4);

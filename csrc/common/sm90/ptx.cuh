@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace zebra::sm90 {
 
@@ -123,10 +124,14 @@ __device__ __forceinline__ void cluster_wait() {
 __device__ __forceinline__ void cluster_store(std::uint32_t addr, float v) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(addr), "f"(v) : "memory");
 }
-__device__ __forceinline__ void cluster_store(std::uint32_t addr, float4 v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "f"(v.x), "f"(v.y),
-               "f"(v.z), "f"(v.w)
-               : "memory");
+// Four, counted in bytes on barrier `bar` of the CTA that is written to: no fence is needed.
+__device__ __forceinline__ void cluster_store_async(std::uint32_t addr, float4 v,
+                                                    std::uint32_t bar) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(addr),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(bar)
+      : "memory");
 }
 // Arrives on a barrier of any CTA of the cluster; who waits with mbarrier_wait_cluster() sees what
 // this thread has written there.
@@ -151,6 +156,12 @@ __device__ __forceinline__ void mbarrier_wait_cluster(std::uint32_t bar, std::ui
 // ---- 8x8 matrices of 16-bit elements [9.7.14.5.15]; lane i gives the address of row i % 8 of
 // matrix i / 8.
 
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t addr) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(addr)
+               : "memory");
+}
 __device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t addr) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -211,6 +222,16 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(std::uint32_t v) {
 template <>
 __device__ __forceinline__ float2 unpack<__half>(std::uint32_t v) {
   return __half22float2(*reinterpret_cast<const __half2*>(&v));
+}
+
+template <typename T>
+__device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t v, std::uint32_t w) {
+  std::uint32_t r;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(w));
+  else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(w));
+  return r;
 }
 
 }  // namespace zebra::sm90
