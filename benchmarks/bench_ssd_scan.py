@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Inputs, main, peer
+from harness import Case, Inputs, bare_package, main, peer
 from torch import Tensor
 
 from zebra import ops
@@ -182,11 +182,12 @@ def case(op: str, layer: str, batch: int, tokens: int, dtype: torch.dtype, impls
 def cases(device: str) -> list[Case]:
     """Model shapes: short and long sequences on a GPU, one sequence on the CPU."""
     cuda = device == "cuda"
-    shapes = [(8, 2048), (1, 16384), (1, 32768), (4, 16384)] if cuda else [(1, 2048)]
+    shapes = [(2, 8192), (8, 2048), (1, 32768), (4, 16384)] if cuda else [(1, 2048)]
     dtypes = (torch.bfloat16,) if cuda else (torch.bfloat16, torch.float32)
     scans = {"zebra": zebra, "eager": eager}
     kernels = {k: forward(f) for k, f in scans.items()}
     if cuda and (library := peer("mamba_ssm", "mamba-ssm")):
+        bare_package("mamba_ssm")
         scans[library] = mamba_ssm
         kernels[library] = mamba_ssm_kernel
     if cuda and (library := peer("fla", "flash-linear-attention")):

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,20 @@ def peer(module: str, package: str | None = None) -> str | None:
         return None
     package = package or module
     return f"{package} {importlib.metadata.version(package)}"
+
+
+def bare_package(module: str) -> None:
+    """Let submodules of ``module`` be imported without its ``__init__``.
+
+    mamba-ssm's imports every model and a compiled extension; its Triton kernels need neither.
+    """
+    spec = importlib.util.find_spec(module)
+    if module in sys.modules or spec is None or spec.submodule_search_locations is None:
+        return
+    package = types.ModuleType(module)
+    package.__path__ = list(spec.submodule_search_locations)
+    package.__spec__ = spec  # find_spec() asks it
+    sys.modules[module] = package
 
 
 def environment(device: str) -> dict[str, Any]:

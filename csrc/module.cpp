@@ -88,9 +88,9 @@ py::dict ssd_scan_sm90_config(std::int64_t batch, std::int64_t tokens, std::int6
   return py::dict(py::arg("heads") = c.heads, py::arg("head_slots") = c.head_slots,
                   py::arg("stages") = c.stages, py::arg("stage_bytes") = c.stage_bytes,
                   py::arg("zy_slots") = c.zy_slots, py::arg("smem_bytes") = c.smem_bytes,
-                  py::arg("segment") = c.segment, py::arg("segments") = c.segments,
-                  py::arg("items") = c.items, py::arg("state_segment") = c.state_segment,
-                  py::arg("state_cuts") = c.state_cuts, py::arg("state_items") = c.state_items,
+                  py::arg("width") = c.width, py::arg("bundles") = c.bundles,
+                  py::arg("line") = c.line, py::arg("units") = c.units, py::arg("cut") = c.cut,
+                  py::arg("items") = c.items, py::arg("state_items") = c.state_items,
                   py::arg("state_smem_bytes") = c.state_smem_bytes);
 }
 

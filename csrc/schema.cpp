@@ -79,6 +79,13 @@ STABLE_TORCH_LIBRARY(zebra, m) {
       " Tensor lse, float scale, Tensor? cu_seqlens, bool causal)"
       " -> (Tensor dq, Tensor dkv, Tensor dk_rope)");
 
+  // For the CUDA implementation of mla_attention: the keys that torch's attention takes, and kv's
+  // and k_rope's gradients from theirs
+  m.def("_mla_attention_keys(Tensor kv, Tensor k_rope, int nope_dim) -> Tensor");
+  m.def(
+      "_mla_attention_key_gradients(Tensor dkey, Tensor dvalue, int nope_dim)"
+      " -> (Tensor dkv, Tensor dk_rope)");
+
   // The absorbed form over the paged latent cache, for decoding
   m.def(
       "mla_decode(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, float scale,"

@@ -74,9 +74,52 @@ def ssd_scan() -> None:
     del os.environ["ZEBRA_PORTABLE"]
 
 
+def mla_project() -> None:
+    # H, Dn, E, Rq, R, norms: vectors; odd widths; nothing but rotated columns
+    shapes = ((3, 8, 16, 24, 40, False), (2, 3, 6, 5, 7, True), (1, 0, 2, 4, 1, False))
+    for dtype, (H, nope, E, Rq, R, norms) in itertools.product(DTYPES, shapes):
+
+        def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
+
+        for batch, tokens in ((1, 1), (2, 67)):
+            x, table = randn(batch, tokens, 16), randn(70, E // 2, dtype=torch.float32).detach()
+            args = [x, randn(Rq, 16), randn(H * (nope + E), Rq), randn(R + E, 16), table, table]
+            positions = torch.arange(tokens, device="cuda").expand(batch, -1)
+            args += [positions if tokens > 1 else positions.int(), H]
+            norm = [randn(Rq), randn(R)] if norms else [None, None]
+            q, latent = ops.mla_project(*args, *norm)
+            (q.sum() + latent.sum()).backward()
+            with torch.no_grad():
+                cache = torch.zeros(3, 64, R + E, dtype=dtype, device="cuda")
+                slots = torch.arange(-1, batch * tokens - 1, device="cuda").view(batch, tokens)
+                ops.mla_project_append(*args, cache, slots, *norm)
+
+
+def mla_attention() -> None:
+    packed = torch.tensor([0, 0, 5, 6, 6, 70], dtype=torch.int32, device="cuda")
+    # H, G, Dn, E, Dv
+    sizes = ((4, 2, 8, 8, 16), (3, 1, 24, 8, 32), (2, 2, 0, 16, 16), (2, 1, 16, 0, 16))
+    for dtype, (H, G, nope, E, Dv) in itertools.product(DTYPES[1:], sizes):
+        for batch, tokens, cu_seqlens in ((1, 1, None), (3, 67, None), (1, 70, packed)):
+
+            def randn(
+                *shape: int, dtype: torch.dtype = dtype, row: tuple[int, int] = (batch, tokens)
+            ) -> torch.Tensor:
+                return torch.randn(*row, *shape, dtype=dtype, device="cuda")
+
+            wide = randn(G * (nope + Dv) + E + 8)  # kv and k_rope in place, 16 bytes in
+            _, kv, k_rope = wide.split([8, G * (nope + Dv), E], dim=-1)
+            leaves = [randn(H, nope + E), kv.unflatten(-1, (G, -1)), k_rope]
+            leaves = [t.detach().requires_grad_() for t in leaves]
+            ops.mla_attention(*leaves, 0.2, cu_seqlens)[0].sum().backward()
+
+
 if __name__ == "__main__":
     rms_norm()
     causal_conv1d()
     ssd_scan()
+    mla_project()
+    mla_attention()
     torch.cuda.synchronize()
     print("every kernel ran")

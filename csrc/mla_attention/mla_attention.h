@@ -10,6 +10,8 @@
 #include "common/math.h"
 #include "common/status.h"
 
+struct CUstream_st;
+
 namespace zebra {
 
 // The inputs of both passes.  Sequence i has tokens cu_seqlens[i] to cu_seqlens[i + 1] of row 0, or
@@ -46,6 +48,31 @@ struct MlaAttentionBackwardParams {
   void* dk_rope;        // [B, S, E] contiguous
   void* partial;        // [G, B, S, E] fp32 (fp64): dk_rope of each KV head
 };
+
+// What surrounds the attention of a library on a GPU, 16 bit.  Widths and strides are multiples of
+// 8, pointers of 16 bytes.
+//   key = [kv's nope part | k_rope, the same for every g]
+struct MlaKeysParams {
+  const void* kv;      // [B, S, G, nope + ...], last dimension contiguous
+  const void* k_rope;  // [B, S, E]
+  void* key;           // [B, S, G, nope + E] contiguous
+  std::int64_t B, S, G, nope, E;
+  std::int64_t kv_stride[3], rope_stride[2];
+};
+
+//   dkv = [dkey's nope part | dvalue],  dk_rope = the rope part of dkey summed over g
+struct MlaKeyGradientsParams {
+  const void* dkey;    // [B, S, G, nope + E], last dimension contiguous
+  const void* dvalue;  // [B, S, G, v_dim]
+  void* dkv;           // [B, S, G, nope + v_dim] contiguous
+  void* dk_rope;       // [B, S, E] contiguous
+  std::int64_t B, S, G, nope, E, v_dim;
+  std::int64_t key_stride[3], value_stride[3];
+  DType dtype;
+};
+
+Status mla_attention_keys_cuda(const MlaKeysParams& p, CUstream_st* stream);
+Status mla_attention_key_gradients_cuda(const MlaKeyGradientsParams& p, CUstream_st* stream);
 
 }  // namespace zebra
 

@@ -10,6 +10,8 @@
 #include "common/dtype.h"
 #include "common/status.h"
 
+struct CUstream_st;
+
 namespace zebra {
 
 // Rotation of adjacent pairs (x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos) by position.
@@ -29,7 +31,7 @@ struct MlaProjectParams {
   RopeTable rope;
   void* q;                           // [tokens, H, q_dim], changed in place
   const void *c, *k;                 // [tokens, R] and [tokens, E], row strides c_stride, k_stride
-  void* latent;                      // [tokens, R + E]
+  void* latent;                      // [tokens, R + E]; CUDA: c and k may lie in it already
   void* cache;                       // [pages, page, R + E], or nullptr
   const std::int64_t* slot_mapping;  // [tokens]: page * page_size + offset, negative: not stored
   std::int64_t tokens, H, q_dim, R;
@@ -42,22 +44,17 @@ struct MlaProjectBackwardParams {
   RopeTable rope;
   const void* dq;       // [tokens, H, q_dim]
   const void *dc, *dk;  // [tokens, R] and [tokens, E], row strides dc_stride, dk_stride
-  void* dq_raw;         // [tokens, H, q_dim]: gradient before the rotation
-  void* dkv_raw;        // [tokens, R + E]: the same of [c | k]
+  void* dq_raw;         // [tokens, H, q_dim], row stride dq_raw_stride: before the rotation
+  void* dkv_raw;        // [tokens, R + E], row stride dkv_raw_stride: the same of [c | k]
   std::int64_t tokens, H, q_dim, R;
-  std::int64_t dc_stride, dk_stride;
+  std::int64_t dc_stride, dk_stride, dq_raw_stride, dkv_raw_stride;
   DType dtype;
 };
 
-struct AddParams {  // sum += other
-  void* sum;
-  const void* other;
-  std::int64_t count;
-  DType dtype;
-};
+Status mla_project_cuda(const MlaProjectParams& p, CUstream_st* stream);
+Status mla_project_backward_cuda(const MlaProjectBackwardParams& p, CUstream_st* stream);
 
 }  // namespace zebra
 
 ZEBRA_CPU_KERNEL(mla_project, ::zebra::MlaProjectParams)
 ZEBRA_CPU_KERNEL(mla_project_backward, ::zebra::MlaProjectBackwardParams)
-ZEBRA_CPU_KERNEL(mla_project_add, ::zebra::AddParams)

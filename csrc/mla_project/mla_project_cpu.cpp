@@ -58,27 +58,15 @@ void backward(const MlaProjectBackwardParams& p) {
   parallel_for(p.tokens, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
       for (std::int64_t h = 0; h < p.H; ++h) {
-        const std::int64_t at = (t * p.H + h) * p.q_dim;
-        const T* const dq = static_cast<const T*>(p.dq) + at;
-        T* const raw = static_cast<T*>(p.dq_raw) + at;
+        const T* const dq = static_cast<const T*>(p.dq) + (t * p.H + h) * p.q_dim;
+        T* const raw = static_cast<T*>(p.dq_raw) + t * p.dq_raw_stride + h * p.q_dim;
         std::memcpy(raw, dq, nope * sizeof(T));
         rotate(p.rope, t, true, dq + nope, raw + nope);
       }
-      T* const raw = static_cast<T*>(p.dkv_raw) + t * depth;
+      T* const raw = static_cast<T*>(p.dkv_raw) + t * p.dkv_raw_stride;
       std::memcpy(raw, static_cast<const T*>(p.dc) + t * p.dc_stride, p.R * sizeof(T));
       rotate(p.rope, t, true, static_cast<const T*>(p.dk) + t * p.dk_stride, raw + p.R);
     }
-  });
-}
-
-template <typename T>
-void add(const AddParams& p) {
-  T* const sum = static_cast<T*>(p.sum);
-  const T* const other = static_cast<const T*>(p.other);
-  parallel_for(p.count, kGrainElements, [&](std::int64_t begin, std::int64_t end) {
-#pragma omp simd
-    for (std::int64_t i = begin; i < end; ++i)
-      sum[i] = from_acc<T>(to_acc(sum[i]) + to_acc(other[i]));
   });
 }
 
@@ -89,7 +77,5 @@ void mla_project(const MlaProjectParams& p) { ZEBRA_DISPATCH_CPU(p.dtype, forwar
 void mla_project_backward(const MlaProjectBackwardParams& p) {
   ZEBRA_DISPATCH_CPU(p.dtype, backward, p);
 }
-
-void mla_project_add(const AddParams& p) { ZEBRA_DISPATCH_CPU(p.dtype, add, p); }
 
 }  // namespace zebra::ZEBRA_ISA

@@ -43,6 +43,9 @@ struct RmsNormBackwardParams {
 // How many row groups the weight gradient is summed over before the final fixed-order sum.  It
 // depends on shapes only, so results do not depend on the number of threads or multiprocessors.
 constexpr std::int64_t kRmsNormCpuPartials = 32;
+constexpr std::int64_t rms_norm_backward_ctas(std::int64_t rows) {  // the same of the CUDA kernel
+  return rows < 1 ? 1 : (rows < 528 ? rows : 528);
+}
 
 Status rms_norm_cuda(const RmsNormParams& p, CUstream_st* stream);
 Status rms_norm_backward_cuda(const RmsNormBackwardParams& p, CUstream_st* stream);

@@ -28,10 +28,4 @@ constexpr RmsNormConfig select_rms_norm_config(std::int64_t dim, int element_byt
   return {512, vec, 0};
 }
 
-// Row groups (and CTAs) of the backward pass: a function of the shape only, so that the weight
-// gradient is the same on every GPU.
-constexpr std::int64_t rms_norm_backward_ctas(std::int64_t rows) {
-  return rows < 1 ? 1 : (rows < 528 ? rows : 528);
-}
-
 }  // namespace zebra

@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "rms_norm/rms_norm_config.h"
 #include "rms_norm/rms_norm_torch.h"
 
 namespace zebra {

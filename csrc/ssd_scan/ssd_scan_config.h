@@ -27,7 +27,7 @@ constexpr int ssd_scan_threads(int head_dim) { return 2 * head_dim; }
 constexpr int ssd_scan_smem_bytes(int head_dim, int state_dim) {
   const int inputs = kSsdScanStages * kSsdScanChunk * 2 * (head_dim + state_dim);  // x, z, B, C
   const int staged = kSsdScanChunk * (head_dim + kSsdScanScoreRow);                // y, scores
-  const int decays = 2 * 5 * kSsdScanChunk, sums = head_dim / 16 * kSsdScanChunk;
+  const int decays = (2 * 5 + 1) * kSsdScanChunk, sums = head_dim / 16 * kSsdScanChunk;
   const int constants = 20 + head_dim;  // the weight of the norm among them
   return 2 * (inputs + staged) + 4 * (decays + constants + sums);
 }

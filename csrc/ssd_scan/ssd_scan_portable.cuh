@@ -49,6 +49,7 @@ struct Tiles {
   T y[kChunk * P];
   T scores[kChunk * kSsdScanScoreRow];
   Decays decays[2];
+  float own[kChunk];  // the factor of x_i in y_i: (C_i . B_i) d_i + D
   Constants constants;
   float sums[P / 16][kChunk];  // of u^2 over a warp's rows of P
   float weight[P];             // of the norm
@@ -138,13 +139,14 @@ __device__ __forceinline__ void store_decays(Decays& out, const Constants& const
 
 // ---- one chunk ------------------------------------------------------------------------------
 
-// The tile of M that this warp owns: 16 rows, kBlocks x 8 columns.
+// The tile of M that this warp owns: 16 rows, kBlocks x 8 columns.  The diagonal stays in fp32 and
+// takes D along: where both nearly cancel, the norm would magnify its rounding.
 template <typename T, int N, int kWarps>
 struct ScoreTile {
   static constexpr int kAcross = kWarps / 2, kBlocks = kChunk / 8 / kAcross;
 
   static __device__ __forceinline__ void compute(unsigned C, unsigned B, const Decays& decays,
-                                                 T* scores) {
+                                                 float D, T* scores, float* own) {
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const unsigned i0 = warp / kAcross * 16, j0 = warp % kAcross * (8 * kBlocks);
     if (j0 > i0 + 15) return;  // above the diagonal: never read
@@ -177,7 +179,8 @@ struct ScoreTile {
               (decays.s_high[i] - decays.s_high[j + e]) + (decays.s_low[i] - decays.s_low[j + e]);
           // Selected, not multiplied: above the diagonal exp2 may be infinite.
           const float v = acc[block][2 * half + e] * (exp2_approx(s) * decays.d[j + e]);
-          m[e] = j + e <= i ? v : 0.f;
+          m[e] = j + e < i ? v : 0.f;
+          if (j + e == i) own[i] = v + D;
         }
         *reinterpret_cast<unsigned*>(scores + i * kSsdScanScoreRow + j) = pack<T>(m[0], m[1]);
       }
@@ -297,12 +300,20 @@ __device__ __forceinline__ void each(Output& y, const Columns& columns, const Fn
     }
 }
 
+// y_i += own_i x_i
 template <typename T>
-__device__ __forceinline__ void skip(Output& y, const Columns& x, float D) {
-  each(y, x, [&](float& first, float& second, unsigned packed) {
-    const float2 v = unpack<T>(packed);
-    first = fmaf(D, v.x, first), second = fmaf(D, v.y, second);
-  });
+__device__ __forceinline__ void add_own(Output& y, const Columns& x, const float* own) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float* const factors = own + 16 * k + r / 2 * 8 + 2 * (lane % 4);
+      const float2 v = unpack<T>(x[k][r]);
+      float (&block)[4] = y[2 * k + r / 2];
+      block[r % 2 * 2] = fmaf(factors[0], v.x, block[r % 2 * 2]);
+      block[r % 2 * 2 + 1] = fmaf(factors[1], v.y, block[r % 2 * 2 + 1]);
+    }
 }
 
 template <typename T>
@@ -461,14 +472,14 @@ __global__ void __launch_bounds__(ssd_scan_threads(P), ssd_scan_ctas_per_sm(P, N
         step = load_step<T>(p, constants.dt, token + kChunk, constants.len);
       }
       ScoreTile<T, N, kWarps>::compute(shared_address(tiles.C[s]), shared_address(tiles.B[s]),
-                                       decays, tiles.scores);
+                                       decays, constants.D, tiles.scores, tiles.own);
       Output y = {};
       Columns columns;
       read_state<T, N>(y, h, shared_address(tiles.C[s]), decays);
       load_columns<P>(columns, shared_address(tiles.x[s]));
       __syncthreads();  // M is in shared memory
       add_chunk<T>(y, columns, shared_address(tiles.scores));
-      if (p.D != nullptr) skip<T>(y, columns, constants.D);
+      add_own<T>(y, columns, tiles.own);
       if (p.z != nullptr) {
         load_columns<P>(columns, shared_address(tiles.z[s]));
         gate<T>(y, columns);

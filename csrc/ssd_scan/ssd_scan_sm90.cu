@@ -29,19 +29,17 @@ using sm90::SsdArgs;
 using sm90::TmaDim;
 
 struct Workspace {
-  std::int64_t states, decays, table, bytes;  // offsets
+  std::int64_t states, decays, table, ends, bytes;  // offsets
 };
 
+// Needed where sequences are cut.
 Workspace workspace_of(const SsdScanParams& p, const SsdScanSm90Config& c) {
   Workspace w = {};
-  const std::int64_t all = (p.cu_seqlens == nullptr ? p.batch : 1) * c.segments;
-  if (all * c.head_slots == 0) return w;
-  const bool split = p.cu_seqlens == nullptr ? c.segments > 1 : c.segment < p.tokens;
-  if (!split) return w;
-  const std::int64_t pieces = all * c.state_cuts * c.head_slots;
-  w.decays = pieces * 128 * p.state_dim * 4;
-  w.table = w.decays + round_up<std::int64_t>(pieces * c.heads * 4, 16);
-  w.bytes = w.table + (p.cu_seqlens == nullptr ? 0 : all * 16);
+  if (!c.cut) return w;
+  w.decays = c.state_items * 128 * p.state_dim * 4;
+  w.table = w.decays + round_up<std::int64_t>(c.state_items * c.heads * 4, 16);
+  w.ends = w.table + (p.cu_seqlens == nullptr ? 0 : (c.units + 1) * 16);
+  w.bytes = w.ends + (p.cu_seqlens == nullptr ? 0 : p.sequences * 4);
   return w;
 }
 
@@ -75,14 +73,25 @@ Status encode(CUtensorMap* map, const SsdScanParams& p, const void* data, std::i
                                   {size(p.batch), step(p.batch, stride.batch), 1}});
 }
 
+// `early`: may start before the kernel in front of it has ended; waits for it itself.
 template <typename Kernel>
 Status launch(Kernel kernel, const SsdArgs& args, std::int64_t items, int threads, int smem,
-              cudaStream_t stream) {
+              cudaStream_t stream, bool early) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   const int sms = multiprocessors();
-  kernel<<<static_cast<unsigned>(items < sms ? items : sms), threads, smem, stream>>>(args);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(items < sms ? items : sms));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(smem);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, args);
   return launch_status();
 }
 
@@ -91,11 +100,11 @@ Status run(SsdArgs& args, cudaStream_t stream) {
   const SsdScanSm90Config& c = args.cfg;
   if (args.states != nullptr) {
     const Status s = launch(sm90::ssd_scan_states_kernel<T, kP, kN>, args, c.state_items,
-                            sm90::kStatesThreads, c.state_smem_bytes, stream);
+                            sm90::kStatesThreads, c.state_smem_bytes, stream, false);
     if (s.error != nullptr) return s;
   }
   return launch(sm90::ssd_scan_forward_kernel<T, kP, kN>, args, c.items, sm90::kForwardThreads,
-                c.smem_bytes, stream);
+                c.smem_bytes, stream, args.states != nullptr);
 }
 
 template <typename T>
@@ -117,7 +126,9 @@ Status ssd_scan_sm90(const SsdScanParams& p, void* workspace, cudaStream_t strea
   args.p = p;
   args.cfg = config_of(p);
   constexpr std::int64_t kInt = std::int64_t{1} << 31;
-  if (p.tokens >= kInt - 2 * kSsdChunk || args.cfg.items >= kInt || args.cfg.state_items >= kInt)
+  const SsdScanSm90Config& c = args.cfg;
+  if (p.tokens >= kInt - 2 * kSsdChunk || c.line >= kInt || c.items >= kInt ||
+      c.state_items >= kInt)
     return {"x must have fewer than 2^31 tokens, and sequences times heads be below 2^31"};
   if (p.sequences == 0 || args.cfg.items == 0) return {};
   const SsdStrides y = {p.tokens * p.heads * p.head_dim, p.heads * p.head_dim, p.head_dim};
@@ -137,12 +148,11 @@ Status ssd_scan_sm90(const SsdScanParams& p, void* workspace, cudaStream_t strea
     args.decays = reinterpret_cast<float*>(base + w.decays);
     if (p.cu_seqlens != nullptr) {
       int4* const table = reinterpret_cast<int4*>(base + w.table);
-      args.table = table;
-      sm90::ssd_scan_plan_kernel<<<1, 1024, 0, stream>>>(
-          p.cu_seqlens, static_cast<int>(p.sequences), static_cast<int>(args.cfg.segment), table,
-          static_cast<int>(args.cfg.segments));
+      sm90::ssd_scan_plan_kernel<<<1, 1024, 0, stream>>>(args, table,
+                                                         reinterpret_cast<int*>(base + w.ends));
       const Status planned = launch_status();
       if (planned.error != nullptr) return planned;
+      args.table = table;
     }
   }
   return p.dtype == DType::kBFloat16 ? run<__nv_bfloat16>(args, stream) : run<__half>(args, stream);

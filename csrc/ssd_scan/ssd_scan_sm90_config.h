@@ -33,9 +33,11 @@ struct SsdScanSm90Shape {
   bool norm;
 };
 
-// An item is one segment of one sequence for the heads of a CTA.  Segments of a sequence all have
-// `segment` tokens, but for the last.  With more than one segment a first kernel walks all but the
-// last of them for their states alone.
+// How the work is cut.  Neighbouring head slots form a bundle: their CTAs walk side by side and
+// share what they read through L2.  All chunks of all sequences of all bundles stand in one line,
+// sequence after sequence; the line is cut into units of equal length, and a unit is walked by the
+// CTAs of its bundle.  Where a cut falls inside a sequence, a first kernel walks what lies before
+// it for the state alone.
 struct SsdScanSm90Config {
   int heads;                       // of a CTA: 128 / P
   int head_slots;                  // CTAs side by side over the heads
@@ -49,51 +51,107 @@ struct SsdScanSm90Config {
   int smem_bytes;
   // The walk for the states: a stage holds B and x.
   int state_stage_bytes, state_stages, state_smem_bytes;
-  std::int64_t segment;   // tokens, a multiple of 64
-  std::int64_t segments;  // of a batch row (packed: at most, of the batch)
-  std::int64_t items;
-  // The walk for the states: every segment in `state_cuts` pieces of `state_segment` tokens.
-  std::int64_t state_segment;
-  int state_cuts;
-  std::int64_t state_items;
+  int width, bundles;  // slots of a bundle, bundles
+  // A grain is 2^grain_shift chunks: cuts fall between grains.
+  int grain_shift;
+  std::int64_t grains;       // of a sequence (packed: of one that holds all tokens)
+  std::int64_t line;         // grains of all bundles (packed: at most)
+  std::int64_t units;        // equal shares of the line
+  std::int64_t share, more;  // grains of a unit; the first `more` units have one more (not packed)
+  int snap;                  // a cut as near to a sequence's end, in grains, moves there
+  bool cut;                  // some cut may fall inside a sequence
+  int state_cuts_shift;      // parts of a unit in the walk for the states: a power of two
+  std::int64_t items;        // units x slots of a bundle
+  std::int64_t state_items;  // x parts
 };
+
+// Grains of a sequence: an empty one has one, because its state is passed through.
+constexpr std::int64_t ssd_scan_grains(std::int64_t tokens, int grain_shift) {
+  return tokens <= 0 ? 1 : ((tokens - 1) / kSsdChunk >> grain_shift) + 1;
+}
+
+// Where unit `u` begins in the line, before it snaps.
+constexpr std::int64_t ssd_scan_cut(std::int64_t share, std::int64_t more, std::int64_t u) {
+  return share * u + (u < more ? u : more);
+}
+// How far a cut at grain `at` of a sequence of `grains` moves.
+constexpr std::int64_t ssd_scan_snap(std::int64_t at, std::int64_t grains, int snap) {
+  if (at <= snap) return -at;
+  return grains - at <= snap ? grains - at : 0;
+}
 
 namespace detail {
 
-struct SsdSegments {
-  std::int64_t length;  // chunks of a segment
-  int state_cuts;       // pieces of a segment in the walk for the states
+constexpr double kSsdStart = 1.5;  // a CTA's first loads and last stores, in chunks of its walk
+constexpr double kSsdStateChunk = 0.18;  // a chunk of the walk for the states
+constexpr double kSsdStateStart = 1.2;   // its first loads and the store of a state
+constexpr double kSsdStateLaunch = 1;    // a second kernel
+constexpr double kSsdFold = 0.3;         // reading the state of a part
+
+struct SsdCuts {
+  double time;  // in chunks of the main walk
+  std::int64_t units;
+  int state_cuts_shift;
 };
 
-// Cuts one batch row of `chunks` chunks that `width` CTAs walk side by side on `sms`
-// multiprocessors, for the least time in chunks of the main walk.
-constexpr SsdSegments ssd_scan_segments(std::int64_t chunks, std::int64_t width, std::int64_t sms) {
-  constexpr double kState = 0.3;  // a chunk of the walk for the states
-  constexpr double kStart = 1.5;  // a CTA's first loads and last stores
-  constexpr double kLaunch = 2;   // a second kernel
-  constexpr double kFold = 0.4;   // reading the state of a piece
-  double best = 0;
-  SsdSegments choice = {chunks, 1};
-  for (std::int64_t n = 1; n <= 64 && n * 4 <= chunks; ++n) {
-    const std::int64_t length = ceil_div(chunks, n);
-    const std::int64_t segments = ceil_div(chunks, length);
-    for (int cuts = 1; cuts <= (n == 1 ? 1 : 4); cuts *= 2) {
-      const double folds = kFold * static_cast<double>((segments - 1) * cuts);
-      double time = static_cast<double>(ceil_div(width * segments, sms)) *
-                    (static_cast<double>(length) + kStart + folds);
-      if (segments > 1)
-        time += kLaunch +
-                static_cast<double>(ceil_div(width * (segments - 1) * cuts, sms)) *
-                    (kStart + kState * static_cast<double>(ceil_div<std::int64_t>(length, cuts)));
-      if (n == 1 || time < best) best = time, choice = {length, cuts};
-    }
+// The time of `units` units for `lines` sequences of `grains` chunks each (of all bundles), with
+// `at_once` units on the machine.
+constexpr SsdCuts ssd_scan_time(std::int64_t lines, std::int64_t grains, std::int64_t units,
+                                std::int64_t at_once, int snap) {
+  const std::int64_t line = lines * grains, share = line / units;
+  // Grains to walk for states, the units that have any, the most of a unit.
+  std::int64_t walked = 0, walks = 0, longest = 0, size = 0, before = 0;
+  for (std::int64_t u = 1; u <= units; ++u) {
+    std::int64_t at = ssd_scan_cut(share, line % units, u);
+    at += ssd_scan_snap(at % grains, grains, snap);
+    const std::int64_t inside = at % grains, own = at - before;
+    size = own > size ? own : size;
+    const std::int64_t walk = inside < own ? inside : own;
+    walked += walk, walks += walk > 0;
+    longest = walk > longest ? walk : longest;
+    before = at;
   }
-  return choice;
+  const double pieces = 1 + static_cast<double>(share) / static_cast<double>(grains);
+  const double waves = static_cast<double>(ceil_div(units, at_once));
+  SsdCuts best = {waves * (static_cast<double>(size) + kSsdStart * pieces), units, 0};
+  if (walked == 0) return best;
+  const double main = best.time;
+  for (int shift = 0; shift <= 3; ++shift) {
+    const std::int64_t cuts = std::int64_t{1} << shift;
+    const double part = static_cast<double>(ceil_div(longest, cuts));
+    const double parts = static_cast<double>(ceil_div(walks * cuts, at_once));
+    const double even = static_cast<double>(walked) / static_cast<double>(at_once);
+    const double walk =
+        0.5 * (even + parts * part);  // between evenly and all as long as the longest
+    const double states = parts * kSsdStateStart + kSsdStateChunk * walk;
+    const double folds = kSsdFold * static_cast<double>(cuts) * waves;
+    const double time = main + kSsdStateLaunch + states + folds;
+    if (shift == 0 || time < best.time) best = {time, units, shift};
+  }
+  return best;
+}
+
+// Cuts `lines` sequences of `grains` chunks each: whole sequences, equal parts of them, or as many
+// equal shares as the machine takes at once.
+constexpr SsdCuts ssd_scan_cuts(std::int64_t lines, std::int64_t grains, std::int64_t at_once,
+                                int snap) {
+  constexpr std::int64_t kLeast = 4;    // chunks of a unit
+  constexpr std::int64_t kMost = 1024;  // units that are tried: more need no cuts
+  const double waves = static_cast<double>(ceil_div(lines, at_once));
+  SsdCuts best = {waves * (static_cast<double>(grains) + kSsdStart), lines, 0};
+  const auto attempt = [&](std::int64_t units) {
+    if (units > kMost || units * kLeast > lines * grains) return;
+    const SsdCuts c = ssd_scan_time(lines, grains, units, at_once, snap);
+    if (c.time < best.time) best = c;
+  };
+  attempt(at_once);
+  for (std::int64_t n = 2; n <= 16; ++n) attempt(lines * n);
+  return best;
 }
 
 }  // namespace detail
 
-// `invariant`: segments of 2048 tokens whatever the batch, so that a sequence's result does not
+// `invariant`: cuts every 2048 tokens of a sequence whatever the batch, so that its result does not
 // depend on what else is computed.
 constexpr SsdScanSm90Config select_ssd_scan_sm90_config(const SsdScanSm90Shape& s, std::int64_t sms,
                                                         bool invariant) {
@@ -127,18 +185,49 @@ constexpr SsdScanSm90Config select_ssd_scan_sm90_config(const SsdScanSm90Shape& 
   c.state_stages = most < kSsdMostStages ? most : kSsdMostStages;
   c.state_smem_bytes = tiles + c.state_stages * c.state_stage_bytes;
 
-  const std::int64_t chunks = ceil_div<std::int64_t>(s.tokens, kSsdChunk);
-  detail::SsdSegments cut = {32, 1};
-  if (!invariant) cut = detail::ssd_scan_segments(chunks, s.rows * c.head_slots, sms);
-  const std::int64_t length = cut.length < 1 ? 1 : cut.length;
-  c.segment = length * kSsdChunk;
-  c.segments = s.tokens == 0 ? 1 : ceil_div(s.tokens, c.segment);
-  const std::int64_t walked = c.segments - 1;  // of a sequence, for their states
-  c.state_segment = ceil_div<std::int64_t>(length, cut.state_cuts) * kSsdChunk;
-  c.state_cuts = static_cast<int>(ceil_div(c.segment, c.state_segment));
-  if (s.sequences > 0) c.segments = c.segments == 1 ? s.sequences : c.segments + s.sequences;
-  c.items = s.rows * c.segments * c.head_slots;
-  c.state_items = s.rows * (s.sequences > 0 ? c.segments : walked) * c.state_cuts * c.head_slots;
+  // A bundle: up to 16 slots, whole groups that read the same x and B, that leave the fewest
+  // multiprocessors without work; of those the most, because neighbours share DRAM pages.
+  const std::int64_t group = s.heads / (s.x_heads > s.b_heads ? s.x_heads : s.b_heads);
+  const std::int64_t whole = group % c.heads == 0 ? group / c.heads : 1;  // slots of a group
+  c.width = 1;
+  for (int w = 2; w <= 16 && w <= sms; ++w)
+    if (c.head_slots % w == 0 && (w % whole == 0 || whole > 16) &&
+        (sms / w * w >= sms / c.width * c.width || c.width % whole != 0))
+      c.width = w;
+  c.bundles = c.head_slots / c.width;
+  const std::int64_t at_once = sms < c.width ? 1 : sms / c.width;
+  constexpr int kSnap = 2, kInvariantShift = 5;  // 2^5 chunks are 2048 tokens
+  constexpr std::int64_t kLeast = 4;             // grains of a unit, on average
+  const bool packed = s.sequences > 0;
+  c.grain_shift = invariant ? kInvariantShift : 0;
+  c.snap = invariant ? 0 : kSnap;
+  c.state_cuts_shift = invariant ? 2 : 1;
+  c.grains = ssd_scan_grains(s.tokens, c.grain_shift);
+  const std::int64_t lines = c.bundles * (packed ? s.sequences : s.rows);
+  c.line = lines * c.grains;
+  if (packed)  // every sequence may add a grain that is not full
+    c.line = c.bundles * ((s.tokens / kSsdChunk >> c.grain_shift) + s.sequences);
+  if (invariant) {
+    c.units = c.line;
+    c.cut = c.grains > 1;
+  } else if (packed) {  // lengths are known to the device alone
+    const std::int64_t useful = ceil_div(c.line, kLeast);
+    c.units = useful < at_once ? useful : at_once;
+    c.cut = c.units > 1 && c.grains > 2 * kSnap + 1;
+  } else {
+    const detail::SsdCuts cuts = detail::ssd_scan_cuts(lines, c.grains, at_once, c.snap);
+    c.units = cuts.units, c.state_cuts_shift = cuts.state_cuts_shift;
+    c.cut = c.units != lines;
+  }
+  if (packed && !c.cut) {  // a grain is a whole sequence
+    c.grain_shift = 25;
+    c.grains = 1;
+    c.units = c.line = lines;
+  }
+  c.share = c.units == 0 ? 0 : c.line / c.units;
+  c.more = c.units == 0 ? 0 : c.line % c.units;
+  c.items = c.units * c.width;
+  c.state_items = c.cut ? c.items << c.state_cuts_shift : 0;
   return c;
 }
 

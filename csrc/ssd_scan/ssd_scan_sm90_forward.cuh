@@ -1,13 +1,17 @@
 // The walk along the chunks: scores, outputs and states (ssd_scan_sm90.cu tells the whole story).
 #pragma once
 
-#include "ssd_scan/ssd_scan_sm90_walk.cuh"
+#include "ssd_scan/ssd_scan_sm90_decays.cuh"
+#include "ssd_scan/ssd_scan_sm90_scores.cuh"
 
 namespace zebra::sm90 {
 
 constexpr int kForwardThreads = 512;
-// Registers of a thread: loads, stores and decays; scores; states (two warpgroups).  Of 512 in all.
-constexpr int kLoadRegisters = 48, kScoreRegisters = 64, kStateRegisters = 200;
+// Registers of a thread: loads, stores, decays and norm; scores; states (two warpgroups).  Of 512
+// in all.
+constexpr int kLoadRegisters = 40;
+constexpr int score_registers(int state_dim) { return state_dim == 64 ? 88 : 72; }
+constexpr int state_registers(int state_dim) { return state_dim == 64 ? 192 : 200; }
 
 // C, B and x of every chunk: one thread.
 template <int kP>
@@ -20,8 +24,7 @@ __device__ __forceinline__ void load_walk(const SsdArgs& a) {
   const int per_b = heads / static_cast<int>(a.p.b_heads);
   const int per_c = heads / static_cast<int>(a.p.c_heads);
   Ring r;
-  for (int i = blockIdx.x; i < cfg.items; i += gridDim.x) {
-    const Item<false> item(a, i);
+  for (Pieces<false> item(a); item.next();) {
     int of_x[kHeads], of_b[kHeads], of_c[kHeads];
 #pragma unroll
     for (int k = 0; k < kHeads; ++k) {
@@ -60,24 +63,26 @@ __device__ __forceinline__ void gate_store_walk(const SsdArgs& a) {
   const int lane = threadIdx.x % 32;
   Cursor<false> ahead(a);
   const auto fill = [&](int slot) {
-    if (ahead.done()) return;
+    ahead.next();
+    if (ahead.done) return;
     const std::uint32_t bar = shared_at(S::kZyFull) + 8 * slot;
-    const int token = ahead.item.first + ahead.chunk * kQ;
+    const int token = ahead.piece.first + ahead.chunk * kQ;
     if (lane == 0 && a.p.z != nullptr) {
       mbarrier_expect(bar, 2 * kTile);
 #pragma unroll
       for (int k = 0; k < kHeads; ++k)
         tma_load_5d(shared_at(a.cfg.zy_offset) + (2 * slot + k) * kTile, &a.z, bar, 0, token, 0,
-                    ahead.item.head + k, ahead.item.row);
+                    ahead.piece.head + k, ahead.piece.row);
     } else if (lane == 0) {
       mbarrier_arrive(bar);
     }
-    ahead.next();
   };
+#pragma unroll 1
   for (int slot = 0; slot < a.cfg.zy_slots; ++slot) fill(slot);
   Ring r;
-  for (Cursor<false> at(a); !at.done(); at.next()) {
-    const Item<false>& item = at.item;
+  Cursor<false> at(a);
+  for (at.next(); !at.done; at.next()) {
+    const Pieces<false>& item = at.piece;
     const int valid = item.valid(at.chunk), token = item.first + at.chunk * kQ;
     mbarrier_wait(shared_at(S::kYFull) + 8 * r.slot, r.phase);
     if (valid == kQ || a.p.cu_seqlens == nullptr) {
@@ -109,113 +114,11 @@ __device__ __forceinline__ void gate_store_walk(const SsdArgs& a) {
   if (lane == 0) tma_store_wait();
 }
 
-// Pm[i][j] = (C_i . B_j) exp2(s_i - t_j) for j < i: one warpgroup, ahead of the states.  The
-// diagonal stays in fp32 and takes D along: where both nearly cancel, the norm would magnify its
-// rounding.
-template <typename T, int kP, int kN>
-__device__ __forceinline__ void score_walk(const SsdArgs& a) {
-  constexpr int kHeads = 128 / kP;
-  using S = Smem<kHeads>;
-  const SsdScanSm90Config& cfg = a.cfg;
-  const int lane = threadIdx.x % 32, warp = warp_index() % 4;
-  const int row = 16 * warp + lane / 4;  // i of the first two registers of four; the others: + 8
-  const int store_row = 16 * warp + lane / 8 % 2 * 8 + lane % 8;
-  Ring r;
-  unsigned number = 0;  // of the chunk, over all items
-  for (int it = blockIdx.x; it < cfg.items; it += gridDim.x) {
-    const Item<false> item(a, it);
-    float skip[kHeads];
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k)
-      skip[k] = a.p.D == nullptr || item.head + k >= a.p.heads
-                    ? 0.f
-                    : load_scalar(a.p.D, a.p.d_dtype, item.head + k);
-    for (int c = 0, chunks = item.chunks(); c < chunks; ++c) {
-      char* const stage = shared_memory + S::kTiles + r.slot * cfg.stage_bytes;
-      const int pm = number % kSsdPmSlots;
-      mbarrier_wait(shared_at(S::kFull) + 8 * r.slot, r.phase);
-      float scores[32];
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k) {
-        if (k == 0 || !cfg.share_c || !cfg.share_b) {
-          const std::uint64_t dc = wgmma_descriptor(smem_addr(stage) + k * cfg.c_step, 16);
-          const std::uint64_t db =
-              wgmma_descriptor(smem_addr(stage) + cfg.b_offset + k * cfg.b_step, 16);
-          wgmma_fence();
-#pragma unroll
-          for (int n = 0; n < kN / 16; ++n) {
-            const std::uint32_t at = n / 4 * kTile + n % 4 * 32;
-            wgmma_ss<T>(scores, advance(dc, at), advance(db, at), n > 0);
-          }
-          wgmma_commit();
-          wgmma_wait<0>(scores);
-        }
-        if (k == 0) {
-          wait_decays<kHeads>(number);
-          mbarrier_wait(shared_at(S::kPmEmpty) + 8 * pm, number / kSsdPmSlots & 1 ^ 1);
-        }
-        Decays& d = decays_of<kHeads>(number)[k];
-        const float s0 = d.s[row], s1 = d.s[row + 8];
-        const std::uint32_t out =
-            shared_at(cfg.pm_offset) + (pm * kHeads + k) * kTile + store_row * 128;
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {  // 16 columns: above this warp's rows, on the diagonal, below
-          std::uint32_t v[4] = {};
-          if (n <= warp) {
-            float p[8];
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-              const int at = 8 * n + 4 * m;
-              const float2 t =
-                  *reinterpret_cast<const float2*>(&d.t[16 * n + 8 * m + lane % 4 * 2]);
-              p[4 * m] = scores[at] * exp2_approx(s0 - t.x);
-              p[4 * m + 1] = scores[at + 1] * exp2_approx(s0 - t.y);
-              p[4 * m + 2] = scores[at + 2] * exp2_approx(s1 - t.x);
-              p[4 * m + 3] = scores[at + 3] * exp2_approx(s1 - t.y);
-            }
-            if (n == warp) {
-              const int i = lane / 4, j = lane % 4 * 2;  // of an 8 x 8 block
-              __syncwarp();                              // s is read
-              if (i / 2 == j / 2) {
-                d.s[row] = (i == j ? p[0] : p[1]) + skip[k];
-                d.s[row + 8] = (i == j ? p[6] : p[7]) + skip[k];
-              }
-              p[0] = j < i ? p[0] : 0.f, p[1] = j + 1 < i ? p[1] : 0.f;
-              p[4] = p[5] = 0.f;
-              p[6] = j < i ? p[6] : 0.f, p[7] = j + 1 < i ? p[7] : 0.f;
-            }
-#pragma unroll
-            for (int m = 0; m < 4; ++m) v[m] = pack<T>(p[2 * m], p[2 * m + 1]);
-          }
-          stmatrix_x4(out + (((2 * n + lane / 16) ^ (store_row % 8)) << 4), v[0], v[1], v[2], v[3]);
-        }
-      }
-      const int valid = item.valid(c);
-      if (valid < kQ) {  // the rows of B after the sequence's end, before the states read them
-        named_barrier(1, 128);
-        const int rows = kQ - valid, units = (cfg.x_offset - cfg.b_offset) / kTile * rows * 8;
-        for (int i = threadIdx.x % 128; i < units; i += 128) {
-          const int line = i / 8;
-          char* const at = stage + cfg.b_offset + line / rows * kTile + (valid + line % rows) * 128;
-          *reinterpret_cast<uint4*>(at + i % 8 * 16) = make_uint4(0, 0, 0, 0);
-        }
-      }
-      fence_async_proxy();
-      arrive_warp(shared_at(S::kPmFull) + 8 * pm);
-      if (lane == 0) mbarrier_arrive(shared_at(S::kEmpty) + 8 * r.slot);
-      if (lane == 0) mbarrier_arrive(shared_at(S::kDecayEmpty) + 8 * (number % kSsdDecaySlots));
-      ++number;
-      r.advance(cfg.stages);
-    }
-  }
-}
-
 // 1 / rms of every token of a head: one warp.
 template <int kP>
 __device__ __forceinline__ void norm_walk(const SsdArgs& a) {
   constexpr int kHeads = 128 / kP;
   using S = Smem<kHeads>;
-  if (a.p.norm_weight == nullptr) return;
   const int lane = threadIdx.x % 32;
   const float eps = static_cast<float>(a.p.norm_eps);
   // A lane sums four tokens over every other row.
@@ -224,8 +127,7 @@ __device__ __forceinline__ void norm_walk(const SsdArgs& a) {
                                half * kSsdSquaresStride + token;
   float* const rstd = reinterpret_cast<float*>(shared_memory + S::kRstd) + token + 2 * half;
   std::uint32_t phase = 0;
-  for (int i = blockIdx.x; i < a.cfg.items; i += gridDim.x) {
-    const Item<false> item(a, i);
+  for (Pieces<false> item(a); item.next();) {
     for (int c = 0, chunks = item.chunks(); c < chunks; ++c, phase ^= 1) {
       mbarrier_wait(shared_at(S::kSquaresFull), phase);
 #pragma unroll
@@ -260,12 +162,12 @@ struct StateWalk {
   using S = Smem<kHeads>;
 
   const SsdArgs& a;
-  const int lane = threadIdx.x % 32;
+  const int lane = keep(static_cast<int>(threadIdx.x % 32));
+  const std::uint32_t base = keep(smem_addr(shared_memory));
   const int warp = warp_index() - 8;  // of both warpgroups
   const int unit = warpgroup_index() - 2;
-  const std::uint32_t offset = matrix_offset();
+  const std::uint32_t offset = keep(matrix_offset());
   Ring r, z;
-  int y_slot = 0;       // where the chunk's output goes
   unsigned number = 0;  // of the chunk, over all items
   float weight[2];      // norm_weight of this thread's two rows
 
@@ -285,13 +187,13 @@ struct StateWalk {
       *reinterpret_cast<float2*>(out + 8 * j) = {(upper ? y0 : x0) + other0,
                                                  (upper ? y1 : x1) + other1};
     }
-    arrive_warp(shared_at(S::kSquaresFull));
+    arrive_warp(base + S::kSquaresFull, lane);
   }
 
   // The norm of the chunk before (where there is one to do) and its rounding.
   __device__ __forceinline__ void finish(float (&Y)[32]) {
     if (a.p.norm_weight != nullptr) {
-      mbarrier_wait(shared_at(S::kRstdFull), (number - 1) & 1);
+      mbarrier_wait(base + S::kRstdFull, (number - 1) & 1);
       const float* const rstd = reinterpret_cast<float*>(shared_memory + S::kRstd) +
                                 (kHeads == 2 ? unit * kQ : 0) + lane % 4 * 2;
 #pragma unroll
@@ -301,7 +203,7 @@ struct StateWalk {
         Y[4 * j + 2] *= v.x * weight[1], Y[4 * j + 3] *= v.y * weight[1];
       }
     }
-    const std::uint32_t out = shared_at(a.cfg.zy_offset) + (2 * y_slot + unit) * kTile + offset;
+    const std::uint32_t out = base + a.cfg.zy_offset + (2 * y_slot() + unit) * kTile + offset;
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       stmatrix_x4_trans(out + k * 2048, pack<T>(Y[8 * k], Y[8 * k + 1]),
@@ -312,12 +214,15 @@ struct StateWalk {
   // but at once where z of the next chunk waits for the slot.
   __device__ __forceinline__ void publish() {
     fence_async_proxy();
-    arrive_warp(shared_at(S::kYFull) + 8 * y_slot);
-    if (++y_slot == a.cfg.zy_slots) y_slot = 0;
+    arrive_warp(base + S::kYFull + 8 * y_slot(), lane);
+  }
+  // Where the output of the chunk before goes: to its z.
+  __device__ __forceinline__ int y_slot() const {
+    return (z.slot == 0 ? a.cfg.zy_slots : z.slot) - 1;
   }
 
   // The state before the item: the sequence's initial state and the segments before this one.
-  __device__ __forceinline__ void start(const Item<false>& item, int head, float (&h)[kRegs]) {
+  __device__ __forceinline__ void start(const Pieces<false>& item, int head, float (&h)[kRegs]) {
     const SsdScanParams& p = a.p;
     if (p.initial_state != nullptr && head < p.heads) {
       load_state<kRegs>(h, static_cast<const float*>(p.initial_state) + state_at(item, head));
@@ -325,46 +230,61 @@ struct StateWalk {
 #pragma unroll
       for (int i = 0; i < kRegs; ++i) h[i] = 0.f;
     }
-    const std::int64_t end = static_cast<std::int64_t>(item.segment) * a.cfg.state_cuts;
-    for (std::int64_t k = end - item.ordinal * a.cfg.state_cuts; k < end; ++k) {
-      const float decay = a.decays[k * (a.cfg.head_slots * kHeads) + head];
-      const float4* const local = piece_state<kRegs>(a, k, item.slot, unit);
+    // Of the units before this one: those that the sequence comes from, the first of them first.
+    int from = item.unit;
+    for (int left = item.grain; left > 0;) {
+      const int end = place_of(a, from).at;
+      left -= end - place_of(a, --from).at;
+    }
+    for (; from < item.unit; ++from) {
+      const int walked = item.unfinished(place_of(a, from), place_of(a, from + 1));
+      const int chunks = walked << a.cfg.grain_shift, per = item.part_chunks(a, walked);
+      for (int cut = 0; cut * per < chunks; ++cut) {
+        const std::int64_t part =
+            ((static_cast<std::int64_t>(from) << a.cfg.state_cuts_shift) + cut) * a.cfg.width +
+            item.member;
+        const float decay = a.decays[part * kHeads + (kHeads == 2 ? unit : 0)];
+        const float4* const local = part_state<kRegs>(a, part, unit);
 #pragma unroll
-      for (int i = 0; i < kRegs / 4; ++i) {
-        const float4 v = local[i * 128];
-        h[4 * i] = h[4 * i] * decay + v.x, h[4 * i + 1] = h[4 * i + 1] * decay + v.y;
-        h[4 * i + 2] = h[4 * i + 2] * decay + v.z, h[4 * i + 3] = h[4 * i + 3] * decay + v.w;
+        for (int i = 0; i < kRegs / 4; ++i) {
+          const float4 v = local[i * 128];
+          h[4 * i] = h[4 * i] * decay + v.x, h[4 * i + 1] = h[4 * i + 1] * decay + v.y;
+          h[4 * i + 2] = h[4 * i + 2] * decay + v.z, h[4 * i + 3] = h[4 * i + 3] * decay + v.w;
+        }
       }
     }
   }
-  __device__ __forceinline__ std::int64_t state_at(const Item<false>& item, int head) const {
+  __device__ __forceinline__ std::int64_t state_at(const Pieces<false>& item, int head) const {
     return ((item.sequence * a.p.heads + head) * kP + (kHeads == 1 ? 64 * unit : 0)) * kN;
   }
 
-  __device__ __forceinline__ void walk(const Item<false>& item) {
+  __device__ __forceinline__ void walk(Pieces<false>& item) {
     const SsdScanParams& p = a.p;
     const SsdScanSm90Config& cfg = a.cfg;
     const int head = item.head + (kHeads == 2 ? unit : 0);
     const int known = head < p.heads ? head : 0;  // parameters of an absent head: any
     if (p.norm_weight != nullptr) {
       const std::int64_t at = static_cast<std::int64_t>(known) * kP +
-                              (kHeads == 1 ? 64 * unit : 0) + warp % 4 * 16 + lane / 4;
+                              (kHeads == 1 ? 64 * unit : 0) + warp % 4 * 16 + keep(lane / 4);
       weight[0] = load_scalar(p.norm_weight, p.norm_weight_dtype, at);
       weight[1] = load_scalar(p.norm_weight, p.norm_weight_dtype, at + 8);
     }
     float h[kRegs], Y[32];
     start(item, head, h);
     const int of = kHeads == 2 ? unit : 0;
-    for (int c = 0, chunks = item.chunks(); c < chunks; ++c) {
-      const std::uint32_t stage = shared_at(S::kTiles) + r.slot * cfg.stage_bytes;
+    int* const held =
+        reinterpret_cast<int*>(shared_memory + S::kHeldPieces) + warp * Pieces<false>::kHeld;
+    item.hold(held);
+    bool begun = false;
+    for (int left = item.tokens; left > 0; left -= kQ, begun = true) {
+      const std::uint32_t stage = base + S::kTiles + r.slot * cfg.stage_bytes;
       const std::uint32_t x_tile = stage + cfg.x_offset + unit * cfg.x_step + offset;
       // The scores come after the loads and the decays: one wait for all three.
       const int pm = number % kSsdPmSlots;
-      mbarrier_wait(shared_at(S::kPmFull) + 8 * pm, number / kSsdPmSlots & 1);
-      const Decays& d = decays_of<kHeads>(number)[of];
+      mbarrier_wait(base + S::kPmFull + 8 * pm, number / kSsdPmSlots & 1);
+      const Decays& d = decays_of<kHeads>(base, number)[of];
 
       // next = h^T C^T.  Under it: the norm of the last chunk, the decay of the state, w X.
-      const int valid = item.valid(c);
       float next[32];
       std::uint32_t x[4][4], xw[4][4];
       {
@@ -378,23 +298,19 @@ struct StateWalk {
           wgmma_rs<T, Major::kK>(next, {hb[4 * k], hb[4 * k + 1], hb[4 * k + 2], hb[4 * k + 3]},
                                  advance(dc, k / 4 * kTile + k % 4 * 32), k > 0);
         wgmma_commit();
-        if (c > 0) finish(Y);
-        if (c > 0 && cfg.zy_slots < 3) publish();
+        if (begun) finish(Y);
+        if (begun && cfg.zy_slots < 3) publish();
         const float decay = d.e[kQ - 1];
 #pragma unroll
         for (int i = 0; i < kRegs; ++i) h[i] *= decay;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) ldmatrix_x4_trans(x[k], x_tile + k * 2048);
         wgmma_wait<0>(next);
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        ldmatrix_x4_trans(x[k], x_tile + k * 2048);
-        if (valid < kQ) clear_tail(x[k], 16 * k, valid);
-      }
-#pragma unroll
-      for (int k = 0; k < 4; ++k) scale_tokens<T>(xw[k], x[k], d.w + 8 * k);
-      mbarrier_wait(shared_at(S::kZyFull) + 8 * z.slot, z.phase);
-      const std::uint32_t z_tile =
-          shared_at(a.cfg.zy_offset) + (2 * z.slot + unit) * kTile + offset;
+      for (int k = 0; k < 4; ++k) scale_tokens<T>(xw[k], x[k], d.w + 8 * k, lane);
+      mbarrier_wait(base + S::kZyFull + 8 * z.slot, z.phase);
+      const std::uint32_t z_tile = base + a.cfg.zy_offset + (2 * z.slot + unit) * kTile + offset;
       std::uint32_t zs[4][4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) ldmatrix_x4_trans(zs[k], z_tile + k * 2048);
@@ -408,7 +324,7 @@ struct StateWalk {
       // next = exp2(s_i) next + X^T Pm^T,  h^T = exp2(s_63) h^T + (w X)^T B.  Under the first: the
       // gate; under the second: the diagonal and D, the gate applied, the squares for the norm.
       const std::uint64_t dp =
-          wgmma_descriptor(shared_at(cfg.pm_offset) + (pm * kHeads + of) * kTile, 16);
+          wgmma_descriptor(base + cfg.pm_offset + (pm * kHeads + of) * kTile, 16);
       const std::uint64_t db = wgmma_descriptor(stage + cfg.b_offset + of * cfg.b_step, kTile);
       wgmma_fence(next, h);
 #pragma unroll
@@ -417,34 +333,36 @@ struct StateWalk {
 #pragma unroll
       for (int k = 0; k < 4; ++k) wgmma_rs<T, Major::kMN>(h, xw[k], advance(db, 2048 * k));
       wgmma_commit();
-      if (c > 0 && cfg.zy_slots >= 3) publish();
+      if (begun && cfg.zy_slots >= 3) publish();
       float gate[32];
 #pragma unroll
-      for (int k = 0; k < 16; ++k) {
+      for (int k = 0; k < 16; ++k) {  // without z: of whatever lies there, and not used
         const float2 v = silu(zs[k / 4][k % 4]);
-        gate[2 * k] = p.z == nullptr ? 1.f : v.x;
-        gate[2 * k + 1] = p.z == nullptr ? 1.f : v.y;
+        gate[2 * k] = v.x, gate[2 * k + 1] = v.y;
       }
       wgmma_wait<1>(next);
-      arrive_warp(shared_at(S::kPmEmpty) + 8 * pm);
+      arrive_warp(base + S::kPmEmpty + 8 * pm, lane);
 #pragma unroll
       for (int k = 0; k < 16; ++k) {
         const float2 v = unpack<T>(x[k / 4][k % 4]);
         const float2 own = *reinterpret_cast<const float2*>(&d.s[k / 2 * 8 + lane % 4 * 2]);
-        Y[2 * k] = fmaf(own.x, v.x, next[2 * k]) * gate[2 * k];
-        Y[2 * k + 1] = fmaf(own.y, v.y, next[2 * k + 1]) * gate[2 * k + 1];
+        Y[2 * k] = fmaf(own.x, v.x, next[2 * k]);
+        Y[2 * k + 1] = fmaf(own.y, v.y, next[2 * k + 1]);
+        if (p.z != nullptr) Y[2 * k] *= gate[2 * k], Y[2 * k + 1] *= gate[2 * k + 1];
       }
-      arrive_warp(shared_at(S::kDecayEmpty) + 8 * (number % kSsdDecaySlots));
+      arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
       if (p.norm_weight != nullptr) share_squares(Y);
       ++number;
       wgmma_wait<0>(h);
-      arrive_warp(shared_at(S::kEmpty) + 8 * r.slot);
+      arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
       r.advance(cfg.stages);
       z.advance(cfg.zy_slots);
     }
-    if (item.tokens > 0) finish(Y), publish();
-    if (item.last && head < p.heads)
-      store_state<kRegs>(h, static_cast<float*>(p.final_state) + state_at(item, head));
+    if (begun) finish(Y), publish();
+    item.restore(held);
+    const int stored = item.head + (kHeads == 2 ? unit : 0);
+    if (item.last && stored < p.heads)
+      store_state<kRegs>(h, static_cast<float*>(p.final_state) + state_at(item, stored));
   }
 
   // v / (1 + exp(-v)) of two elements.  For bf16 by tanh, whose error of 2^-11 is below the
@@ -485,20 +403,26 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   if (warp < 4) {
     registers_decrease<kLoadRegisters>();
     // The norm on the scheduler whose scores are the fewest, the loads where they are the most.
-    if (warp == 0) norm_walk<kP>(a);
-    if (warp == 1) decay_walk<T, kHeads, false>(a);
+    const bool norm = a.p.norm_weight != nullptr;
+    if (warp == 0 && norm) norm_walk<kP>(a);
+    if (warp == 1 || (warp == 0 && !norm))
+      decay_walk<T, kHeads, false>(a, norm ? 0 : warp, norm ? 1 : 2);
     if (warp == 2) gate_store_walk<kP>(a);
     if (warp == 3 && threadIdx.x % 32 == 0) load_walk<kP>(a);
   } else if (warp < 8) {
-    registers_decrease<kScoreRegisters>();
-    score_walk<T, kP, kN>(a);
-  } else {
-    registers_increase<kStateRegisters>();
-    StateWalk<T, kP, kN> states{a};
-    for (int i = blockIdx.x; i < a.cfg.items; i += gridDim.x) {
-      const Item<false> item(a, i);
-      if (item.sequence >= 0) states.walk(item);
+    registers_decrease<score_registers(kN)>();
+    ScoreWalk<T, kP, kN> scores{a};
+    for (Pieces<false> item(a); item.next();) {
+      if (kHeads == 2 && a.cfg.share_c && a.cfg.share_b)
+        scores.template walk<true>(item);
+      else
+        scores.template walk<false>(item);
     }
+  } else {
+    registers_increase<state_registers(kN)>();
+    StateWalk<T, kP, kN> states{a};
+    grid_dependency_wait();  // the states kernel's work; the inputs were there before it
+    for (Pieces<false> item(a); item.next();) states.walk(item);
   }
 }
 

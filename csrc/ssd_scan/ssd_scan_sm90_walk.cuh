@@ -21,62 +21,164 @@ struct SsdArgs {
   CUtensorMap x, B, C, z, y;
   SsdScanParams p;
   SsdScanSm90Config cfg;
-  // With more than one segment: what the walk over segments but the last of a sequence leaves.
-  float4* states;     // [segments, pieces, head_slots, 2, registers / 4, 128]
-  float* decays;      // [segments, pieces, head_slots * heads], of a whole piece
-  const int4* table;  // packed: {sequence, first token, tokens, ordinal}, sequence -1: none
+  // Where sequences are cut: what the walk for the states leaves, part after part of a unit.
+  float4* states;     // [units, parts, width, 2, registers / 4, 128]
+  float* decays;      // [units, parts, width, heads], of a whole part
+  const int4* table;  // packed: where units begin, [units + 1] Places
 };
 
-// A segment of a sequence, or a piece of one in the walk for the states, and the heads of a CTA.
+// Where a unit begins: a bundle, a sequence, a grain of it, and a grain of the whole line.
+struct Place {
+  int bundle, sequence, grain, at;
+};
+
+__device__ __forceinline__ Place place_of(const SsdArgs& a, int unit) {
+  if (a.table != nullptr) {
+    const int4 t = a.table[unit];
+    return {t.x, t.y, t.z, t.w};
+  }
+  const SsdScanSm90Config& cfg = a.cfg;
+  const int grains = static_cast<int>(cfg.grains), sequences = static_cast<int>(a.p.sequences);
+  int at = static_cast<int>(cfg.share) * unit + min(unit, static_cast<int>(cfg.more));
+  int line = at / grains;
+  const int moved = at + static_cast<int>(ssd_scan_snap(at - line * grains, grains, cfg.snap));
+  if (moved != at) at = moved, line = at / grains;
+  return {line / sequences, line % sequences, at - line * grains, at};
+}
+
+// What a CTA walks, piece after piece: the chunks of a unit that belong to one sequence.  In the
+// walk for the states alone: a part of what the unit does not finish.
 template <bool kStatesOnly>
-struct Item {
-  int slot, head;     // head slot and its first head
-  int segment;        // number over all segments
-  int ordinal;        // of the segment in its sequence
-  int piece;          // of the segment
+struct Pieces {
+  const SsdArgs& a;
+  int item = static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x);
+  int unit, member;   // the unit and the slot in its bundle
+  int part;           // in the walk for the states: number over all units
+  int head;           // first of the CTA
   int sequence, row;  // sequence and batch row
   int first, tokens;
-  bool last;  // segment of its sequence
+  int grain;  // of the sequence that the piece begins with
+  bool last;  // piece of its sequence
+  // Of the next piece.  In the walk for the states: the first unit to look at (at) and the
+  // unfinished ones before it (grain).
+  Place at = {};
+  int left = 0;  // grains of the unit from there
 
-  __device__ __forceinline__ Item(const SsdArgs& a, int item) {
-    const int per_row = static_cast<int>(a.cfg.segments);
-    slot = item % a.cfg.head_slots;
-    head = slot * a.cfg.heads;
-    segment = item / a.cfg.head_slots;
-    if (kStatesOnly) piece = segment % a.cfg.state_cuts, segment /= a.cfg.state_cuts;
-    if (a.p.cu_seqlens == nullptr) {
-      const int walked = kStatesOnly ? per_row - 1 : per_row;
-      sequence = row = segment / walked;
-      ordinal = segment % walked;
-      segment = row * per_row + ordinal;
-      const std::int64_t begin = ordinal * a.cfg.segment;
-      const std::int64_t left = a.p.tokens - begin;
-      first = static_cast<int>(begin);
-      tokens = static_cast<int>(left < a.cfg.segment ? left : a.cfg.segment);
-      last = left <= a.cfg.segment;
-    } else if (a.table == nullptr) {
-      row = ordinal = 0;
-      sequence = segment;
-      first = a.p.cu_seqlens[segment];
-      tokens = a.p.cu_seqlens[segment + 1] - first;
-      last = true;
-    } else {
-      row = 0;
-      const int4 entry = a.table[segment];
-      sequence = entry.x, first = entry.y, tokens = entry.z, ordinal = entry.w;
-      last = sequence < 0 || first + tokens == a.p.cu_seqlens[sequence + 1];
+  __device__ __forceinline__ explicit Pieces(const SsdArgs& args) : a(args) {}
+
+  // The next piece, false where there is none.
+  __device__ __forceinline__ bool next() {
+    const int items = static_cast<int>(kStatesOnly ? a.cfg.state_items : a.cfg.items);
+    while (left == 0) {
+      item += static_cast<int>(gridDim.x);
+      if (item >= items) return false;
+      kStatesOnly ? enter_states() : enter();
     }
-    if (kStatesOnly) {
-      const int from = piece * static_cast<int>(a.cfg.state_segment);
-      const int left = tokens - from;
-      first += from;
-      tokens = last || left < 0 ? 0 : min(left, static_cast<int>(a.cfg.state_segment));
-    }
+    if (kStatesOnly)
+      left = 0;
+    else
+      take();
+    return true;
   }
   __device__ __forceinline__ int chunks() const { return (tokens + kQ - 1) / kQ; }
   __device__ __forceinline__ int valid(int chunk) const {
     const int left = tokens - chunk * kQ;
     return left < kQ ? left : kQ;
+  }
+
+  // Keeps in shared memory what the next piece and the end of this one need, kHeld values a warp:
+  // the walks of the states have no registers to spare.
+  static constexpr int kHeld = 8;
+  __device__ __forceinline__ void hold(int* place) const {
+    const int values[kHeld] = {item, left, at.bundle, at.sequence, at.grain, head, sequence, last};
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) place[i] = values[i];
+    __syncwarp();
+  }
+  __device__ __forceinline__ void restore(const int* place) {
+    item = place[0], left = place[1];
+    at.bundle = place[2], at.sequence = place[3], at.grain = place[4];
+    head = place[5], sequence = place[6], last = place[7];
+  }
+
+  // Of the grains of a unit that ends at `end`, those it leaves of an unfinished sequence.
+  static __device__ __forceinline__ int unfinished(const Place& begin, const Place& end) {
+    return min(end.grain, end.at - begin.at);
+  }
+  // Chunks of each part of `grains` grains.
+  static __device__ __forceinline__ int part_chunks(const SsdArgs& a, int grains) {
+    const int shift = a.cfg.state_cuts_shift;
+    return ((grains << a.cfg.grain_shift) + (1 << shift) - 1) >> shift;
+  }
+
+ private:
+  __device__ __forceinline__ void enter() {
+    unit = item / a.cfg.width, member = item % a.cfg.width;
+    at = place_of(a, unit);
+    left = place_of(a, unit + 1).at - at.at;
+  }
+  __device__ __forceinline__ void take() {
+    int begin = 0, length = static_cast<int>(a.p.tokens);
+    sequence = row = at.sequence;
+    if (a.p.cu_seqlens != nullptr) {
+      row = 0;
+      begin = a.p.cu_seqlens[sequence];
+      length = a.p.cu_seqlens[sequence + 1] - begin;
+    }
+    const int shift = a.cfg.grain_shift;
+    const int grains = length <= 0 ? 1 : ((length - 1) / kQ >> shift) + 1;
+    const int size = min(grains - at.grain, left);
+    const int from = (at.grain << shift) * kQ;
+    grain = at.grain;
+    last = grain + size == grains;
+    first = begin + from;
+    tokens = last ? length - from : (size << shift) * kQ;
+    head = (at.bundle * a.cfg.width + member) * a.cfg.heads;
+    left -= size;
+    at.grain += size;
+    if (last) {
+      at.grain = 0;
+      if (++at.sequence == static_cast<int>(a.p.sequences)) at.sequence = 0, ++at.bundle;
+    }
+  }
+  // Units that leave nothing unfinished have no parts: every item finds its unit among the others,
+  // 32 units at a time, going on from where the item before was.
+  __device__ __forceinline__ void enter_states() {
+    const int width = a.cfg.width, cuts = a.cfg.state_cuts_shift;
+    const int units = static_cast<int>(a.cfg.units), lane = threadIdx.x % 32;
+    const int number = item / width, cut = number & ((1 << cuts) - 1);
+    member = item - number * width;
+    int walked;
+    for (;; at.at += 32) {
+      const int u = at.at + lane;
+      walked = u < units ? unfinished(place_of(a, u), place_of(a, u + 1)) : 0;
+      unsigned mask = __ballot_sync(~0u, walked > 0);
+      int skip = (number >> cuts) - at.grain;  // of these 32 units
+      if (skip < __popc(mask)) {
+        for (; skip > 0; --skip) mask &= mask - 1;
+        const int pick = __ffs(mask) - 1;
+        unit = at.at + pick;
+        walked = __shfl_sync(~0u, walked, pick);
+        break;
+      }
+      at.grain += __popc(mask);
+      if (at.at + 32 >= units) {
+        item = static_cast<int>(a.cfg.state_items);
+        return;
+      }
+    }
+    part = ((unit << cuts) + cut) * width + member;
+    const Place end = place_of(a, unit + 1);
+    const int per = part_chunks(a, walked);
+    const int count = min(per, (walked << a.cfg.grain_shift) - cut * per);
+    left = count > 0;
+    sequence = row = end.sequence;
+    first = (((end.grain - walked) << a.cfg.grain_shift) + cut * per) * kQ;
+    if (a.p.cu_seqlens != nullptr && count > 0) row = 0, first += a.p.cu_seqlens[sequence];
+    tokens = count * kQ;
+    head = (end.bundle * width + member) * a.cfg.heads;
+    last = false;
   }
 };
 
@@ -90,10 +192,12 @@ struct Smem {
   static constexpr int kZyFull = kDecayEmpty + 8 * kSsdDecaySlots, kYFull = kZyFull + 8 * 3;
   static constexpr int kPmFull = kYFull + 8 * 3, kPmEmpty = kPmFull + 8 * kSsdPmSlots;
   static constexpr int kSquaresFull = kPmEmpty + 8 * kSsdPmSlots, kRstdFull = kSquaresFull + 8;
+  static constexpr int kHeldPieces = 256;             // Pieces of the 8 warps of states
   static constexpr int kRstd = 512;                   // float [heads][64]: 1 / rms of the tokens
   static constexpr int kDecays = kRstd + 2 * kQ * 4;  // Decays [slots][heads]
   static constexpr int kTiles = ssd_scan_sm90_tiles_offset(kHeads);
-  static_assert(kRstdFull + 8 <= kRstd);
+  static_assert(kRstdFull + 8 <= kHeldPieces);
+  static_assert(kHeldPieces + 8 * Pieces<false>::kHeld * 4 <= kRstd);
   static_assert(kDecays + kSsdDecaySlots * kHeads * 4 * kQ * 4 <= kTiles && kTiles % 1024 == 0);
 };
 
@@ -121,10 +225,17 @@ struct Ring {
 __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 __device__ __forceinline__ int warpgroup_index() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
 
+// Holds a value in its register: what a shuffle brings cannot be computed again.  For what loops
+// use all the time and the compiler would rather ask threadIdx for again and again, 50 clk each.
+template <typename V>
+__device__ __forceinline__ V keep(V v) {
+  return __shfl_xor_sync(~0u, v, 0);
+}
+
 // One lane arrives for its warp, after all lanes are done.
-__device__ __forceinline__ void arrive_warp(std::uint32_t bar) {
+__device__ __forceinline__ void arrive_warp(std::uint32_t bar, int lane = threadIdx.x % 32) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(bar);
+  if (lane == 0) mbarrier_arrive(bar);
 }
 
 // Decays of one head in one chunk, in log2 units: s_i the inclusive sum of A d, restarted.
@@ -135,13 +246,15 @@ struct Decays {
   uint2 w[kQ / 2];  // exp2(s_63 - t_j), the weight of token j in the state after the chunk, split
 };
 
-// Factors of two tokens as sums of two 16-bit numbers: x = the leading ones, y = what is left.
-template <typename T>
-__device__ __forceinline__ uint2 split_factors(float a, float b) {
-  const std::uint32_t leading = pack<T>(a, b);
-  const float2 v = unpack<T>(leading);
-  return {leading, pack<T>(a - v.x, b - v.y)};
-}
+// The same for the two chunks of a step of the walk for the states.
+struct alignas(16) PairDecays {
+  uint2 w[kQ];  // of all 128 tokens in the state after them
+  float decay, log2_decay;
+};
+template <bool kStatesOnly>
+using DecaysOf = std::conditional_t<kStatesOnly, PairDecays, Decays>;
+static_assert(sizeof(PairDecays) <= sizeof(Decays), "they share the ring's size");
+
 // Two 16-bit elements times split factors, rounded once.
 template <typename T>
 __device__ __forceinline__ std::uint32_t scale_pair(std::uint32_t v, uint2 factors) {
@@ -157,157 +270,37 @@ __device__ __forceinline__ float load_scalar(const void* p, DType dtype, std::in
   return to_float(static_cast<const __half*>(p)[i]);
 }
 
-// A decay below 2^-160 is zero in fp32.  Larger sums would only cost the digits of what follows.
-constexpr float kLeastLog2Decay = -160.f;
-
-// One warp computes the decays of the tokens 2 lane and 2 lane + 1 of a chunk.
-template <typename T>
-__device__ __forceinline__ void compute_decays(Decays* out, float2 dt, float bias, float rate,
-                                               bool softplus, int valid) {
-  const int lane = threadIdx.x % 32;
-  const auto step = [&](float v, int i) {
-    v += bias;
-    if (softplus) v = v > 20.f ? v : log1pf(__expf(v));
-    return i < valid ? v : 0.f;
-  };
-  const float d0 = step(dt.x, 2 * lane), d1 = step(dt.y, 2 * lane + 1);
-  const float a0 = fmaxf(rate * d0, kLeastLog2Decay), a1 = fmaxf(rate * d1, kLeastLog2Decay);
-  float sum = a0 + a1;
-#pragma unroll
-  for (int k = 1; k < 32; k *= 2) {
-    const float other = __shfl_up_sync(~0u, sum, k);
-    if (lane >= k) sum += other;
-  }
-  float before = __shfl_up_sync(~0u, sum, 1);
-  if (lane == 0) before = 0.f;
-  const float s0 = before + a0, s1 = s0 + a1;
-  const float end = __shfl_sync(~0u, s1, 31);
-  const float t0 = s0 - __log2f(d0), t1 = s1 - __log2f(d1);
-  reinterpret_cast<float2*>(out->s)[lane] = {s0, s1};
-  reinterpret_cast<float2*>(out->t)[lane] = {t0, t1};
-  reinterpret_cast<float2*>(out->e)[lane] = {exp2_approx(s0), exp2_approx(s1)};
-  out->w[lane] = split_factors<T>(exp2_approx(end - t0), exp2_approx(end - t1));
-}
-
-// Decays of chunk `number`, counted over all items.
-template <int kHeads>
-__device__ __forceinline__ Decays* decays_of(unsigned number) {
-  return reinterpret_cast<Decays*>(shared_memory + Smem<kHeads>::kDecays) +
-         number % kSsdDecaySlots * kHeads;
+// Decays of chunk (or pair of chunks) `number`, counted over all pieces; `base` is the address of
+// shared memory.
+template <int kHeads, typename D = Decays>
+__device__ __forceinline__ D* decays_of(std::uint32_t base, unsigned number) {
+  const std::uint32_t slots = base + Smem<kHeads>::kDecays;
+  return static_cast<D*>(__cvta_shared_to_generic(slots)) + number % kSsdDecaySlots * kHeads;
 }
 template <int kHeads>
-__device__ __forceinline__ void wait_decays(unsigned number) {
-  mbarrier_wait(shared_at(Smem<kHeads>::kDecayFull) + 8 * (number % kSsdDecaySlots),
+__device__ __forceinline__ void wait_decays(std::uint32_t base, unsigned number) {
+  mbarrier_wait(base + Smem<kHeads>::kDecayFull + 8 * (number % kSsdDecaySlots),
                 number / kSsdDecaySlots & 1);
 }
 
-// The chunks that a CTA walks, one after the other over all its items.
-template <bool kStatesOnly>
+// The chunks that a CTA walks, kStep at a time, over all its pieces.
+template <bool kStatesOnly, int kStep = 1>
 struct Cursor {
-  const SsdArgs& a;
-  int index = blockIdx.x;
-  Item<kStatesOnly> item;
-  int chunk = -1, chunks;
+  Pieces<kStatesOnly> piece;
+  int chunk = -kStep, chunks = 0;
+  bool done = false;
 
-  __device__ __forceinline__ explicit Cursor(const SsdArgs& args)
-      : a(args), item(args, blockIdx.x) {
-    chunks = item.chunks();
-    next();
-  }
-  __device__ __forceinline__ bool done() const {
-    return index >= (kStatesOnly ? a.cfg.state_items : a.cfg.items);
-  }
+  __device__ __forceinline__ explicit Cursor(const SsdArgs& args) : piece(args) {}
+  // The first chunk, then the next.
   __device__ __forceinline__ void next() {
-    ++chunk;
+    chunk += kStep;
     while (chunk >= chunks) {
-      index += gridDim.x;
-      if (done()) return;
-      item = Item<kStatesOnly>(a, index);
-      chunk = 0, chunks = item.chunks();
+      done = !piece.next();
+      if (done) return;
+      chunk = 0, chunks = piece.chunks();
     }
   }
 };
-
-// Keeps the ring of decays filled: one warp, or kWarps of them, each for every kWarps-th chunk.  It
-// asks for dt two of its chunks before it computes, because a row of dt is a cache miss of its own.
-template <typename T, int kHeads, bool kStatesOnly, int kWarps = 1>
-__device__ __forceinline__ void decay_walk(const SsdArgs& a, int warp = 0) {
-  const SsdScanParams& p = a.p;
-  const int lane = threadIdx.x % 32;
-  constexpr float kLog2e = 1.4426950408889634f;
-  const bool wide = p.dt_dtype == DType::kFloat32;
-
-  // A chunk asked for: the bits of dt (converting them would wait for them), its item (-1: none)
-  // and its tokens.
-  struct Ask {
-    std::uint32_t bits[kHeads][2];
-    int item, valid;
-  };
-  const auto value = [&](std::uint32_t bits) {
-    if (wide) return __uint_as_float(bits);
-    return p.dt_dtype == DType::kBFloat16 ? unpack<__nv_bfloat16>(bits).x : unpack<__half>(bits).x;
-  };
-  Cursor<kStatesOnly> at(a);
-  const auto skip = [&](int chunks) {
-    for (int i = 0; i < chunks && !at.done(); ++i) at.next();
-  };
-  const auto ask = [&](Ask& chunk) {
-    chunk.item = -1;
-    if (at.done()) return;
-    chunk.item = at.index;
-    chunk.valid = at.item.valid(at.chunk);
-    const int token = at.chunk * kQ + 2 * lane;
-    const std::int64_t offset = at.item.row * p.dt_stride.batch +
-                                (at.item.first + token) * p.dt_stride.token + at.item.head;
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        chunk.bits[k][i] = 0;
-        if (token + i >= at.item.tokens || at.item.head + k >= p.heads) continue;
-        const std::int64_t e = offset + i * p.dt_stride.token + k;
-        if (wide)
-          chunk.bits[k][i] = static_cast<const std::uint32_t*>(p.dt)[e];
-        else
-          chunk.bits[k][i] = static_cast<const std::uint16_t*>(p.dt)[e];
-      }
-    skip(kWarps);
-  };
-
-  unsigned number = warp;
-  float rate[kHeads], bias[kHeads];
-  int known = -1;  // item whose rates are loaded
-  const auto step = [&](Ask& chunk) {
-    if (known != chunk.item) {
-      known = chunk.item;
-      const int first = known % a.cfg.head_slots * a.cfg.heads;
-#pragma unroll
-      for (int k = 0; k < kHeads; ++k) {
-        const int head = first + k < p.heads ? first + k : 0;
-        rate[k] = static_cast<const float*>(p.A)[head] * kLog2e;
-        bias[k] = p.dt_bias == nullptr ? 0.f : load_scalar(p.dt_bias, p.dt_bias_dtype, head);
-      }
-    }
-    const int slot = 8 * (number % kSsdDecaySlots);
-    mbarrier_wait(shared_at(Smem<kHeads>::kDecayEmpty) + slot, number / kSsdDecaySlots & 1 ^ 1);
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k)
-      compute_decays<T>(decays_of<kHeads>(number) + k,
-                        {value(chunk.bits[k][0]), value(chunk.bits[k][1])}, bias[k], rate[k],
-                        p.dt_softplus, chunk.valid);
-    arrive_warp(shared_at(Smem<kHeads>::kDecayFull) + slot);
-    number += kWarps;
-    ask(chunk);
-  };
-  Ask even, odd;
-  skip(warp);
-  ask(even), ask(odd);
-  while (even.item >= 0) {
-    step(even);
-    if (odd.item < 0) break;
-    step(odd);
-  }
-}
 
 // Byte offset of this lane's row for ldmatrix and stmatrix (.trans) of 16 tokens x this warp's 16
 // columns of a tile; 16 tokens on: + 2048.
@@ -317,21 +310,12 @@ __device__ __forceinline__ std::uint32_t matrix_offset() {
   return token * 128 + ((unit ^ (lane % 8)) << 4);
 }
 
-// Tokens j < valid of 16 tokens from `from` on: the others become zero, whatever they hold.
-__device__ __forceinline__ void clear_tail(std::uint32_t (&x)[4], int from, int valid) {
-#pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    const int token = from + m / 2 * 8 + threadIdx.x % 4 * 2;
-    x[m] &= (token < valid ? 0xffffu : 0u) | (token + 1 < valid ? 0xffff0000u : 0u);
-  }
-}
-
 // x times the weights of its tokens, 16 tokens from `weights` on.
 template <typename T>
 __device__ __forceinline__ void scale_tokens(std::uint32_t (&out)[4], const std::uint32_t (&x)[4],
-                                             const uint2* weights) {
+                                             const uint2* weights, int lane) {
 #pragma unroll
-  for (int m = 0; m < 4; ++m) out[m] = scale_pair<T>(x[m], weights[m / 2 * 4 + threadIdx.x % 4]);
+  for (int m = 0; m < 4; ++m) out[m] = scale_pair<T>(x[m], weights[m / 2 * 4 + lane % 4]);
 }
 
 // ---- states.  64 rows of h^T [P, N] in the accumulators of a warpgroup:
@@ -340,7 +324,7 @@ __device__ __forceinline__ void scale_tokens(std::uint32_t (&out)[4], const std:
 // fp32 [64, N] in global memory, N = 2 kRegs; `src` need not be aligned to more than 4 bytes.
 template <int kRegs>
 __device__ __forceinline__ void load_state(float (&h)[kRegs], const float* src) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int lane = keep(threadIdx.x % 32), warp = threadIdx.x / 32 % 4;
   src += (16 * warp + lane / 4) * (2 * kRegs) + 2 * (lane % 4);
 #pragma unroll
   for (int k = 0; k < kRegs; ++k) h[k] = src[k / 2 % 2 * 16 * kRegs + k / 4 * 8 + k % 2];
@@ -348,7 +332,7 @@ __device__ __forceinline__ void load_state(float (&h)[kRegs], const float* src) 
 // Neighbouring lanes change halves of two blocks of 8 columns, so that each writes 16 bytes.
 template <int kRegs>
 __device__ __forceinline__ void store_state(const float (&h)[kRegs], float* dst) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int lane = keep(threadIdx.x % 32), warp = threadIdx.x / 32 % 4;
   const bool odd = lane % 2;
   dst += (16 * warp + lane / 4) * (2 * kRegs) + 8 * odd + lane % 4 / 2 * 4;
 #pragma unroll
@@ -363,12 +347,10 @@ __device__ __forceinline__ void store_state(const float (&h)[kRegs], float* dst)
     }
 }
 
-// The state of piece `piece`, counted over all segments, in the order of the registers.
+// The state that a part leaves for a warpgroup, in the order of its registers.
 template <int kRegs>
-__device__ __forceinline__ float4* piece_state(const SsdArgs& a, std::int64_t piece, int slot,
-                                               int unit) {
-  const std::int64_t at = (piece * a.cfg.head_slots + slot) * 2 + unit;
-  return a.states + at * (kRegs / 4 * 128) + threadIdx.x % 128;
+__device__ __forceinline__ float4* part_state(const SsdArgs& a, std::int64_t part, int unit) {
+  return a.states + (part * 2 + unit) * (kRegs / 4 * 128) + threadIdx.x % 128;
 }
 
 }  // namespace zebra::sm90

@@ -2,8 +2,10 @@
 #include <cstdio>
 #include <initializer_list>
 
+#include "common/token_tile.h"
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
+#include "rms_norm/rms_norm.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_sm90_config.h"
 
@@ -20,6 +22,16 @@ int failures = 0;
       std::printf("\n");                                                   \
     }                                                                      \
   } while (0)
+
+void token_tiles_cover_a_token() {
+  for (std::int64_t vecs = 0; vecs <= 20000; ++vecs) {
+    const zebra::TokenTile t = zebra::select_token_tile(vecs);
+    const long n = static_cast<long>(vecs);
+    EXPECT(t.x % 32 == 0 && t.x >= 32 && t.x * t.y <= 256 && t.y >= 1, "%ld vectors", n);
+    EXPECT(t.passes * t.x >= vecs && (t.passes - 1) * t.x < vecs + 1, "%ld vectors", n);
+    EXPECT(t.passes * t.x - vecs < 32 * (t.passes > 1 ? t.passes : 1), "%ld vectors", n);
+  }
+}
 
 void rms_norm_tiles_cover_a_row() {
   for (std::int64_t dim = 1; dim <= 70000; dim += dim < 600 ? 1 : 97)
@@ -38,28 +50,40 @@ void rms_norm_tiles_cover_a_row() {
   static_assert(zebra::rms_norm_backward_ctas(1 << 20) == 528, "bounded partials");
 }
 
-void ssd_scan_segments_cover_every_sequence(const zebra::SsdScanSm90Shape& s, bool invariant) {
-  const zebra::SsdScanSm90Config c = zebra::select_ssd_scan_sm90_config(s, 132, invariant);
-  const auto where = static_cast<long>(s.tokens);
-  EXPECT(c.smem_bytes <= zebra::kSsdSm90SmemBytes && c.stages >= 1 && c.zy_slots >= 2,
-         "%ld tokens, P %d, N %d", where, s.head_dim, s.state_dim);
-  EXPECT(c.state_smem_bytes <= zebra::kSsdSm90SmemBytes && c.state_stages >= 2, "%ld tokens",
-         where);
-  EXPECT(c.heads * c.head_slots >= s.heads, "%ld heads", static_cast<long>(s.heads));
-  EXPECT(c.segment % zebra::kSsdChunk == 0 && c.segment > 0, "%ld tokens", where);
-  EXPECT(c.state_segment % zebra::kSsdChunk == 0 && c.state_cuts >= 1 &&
-             c.state_segment * c.state_cuts >= c.segment &&
-             c.state_segment * (c.state_cuts - 1) < c.segment,
-         "%ld tokens", where);
-  if (s.sequences == 0) {  // whole segments but for the last, none of them empty
-    EXPECT(c.segments * c.segment >= s.tokens, "%ld tokens", where);
-    EXPECT(c.segments == 1 || (c.segments - 1) * c.segment < s.tokens, "%ld tokens", where);
-    EXPECT(c.items == s.rows * c.segments * c.head_slots, "%ld tokens", where);
-  } else {  // however the tokens fall on the sequences
-    const bool cut = c.segment < s.tokens;
-    EXPECT(c.segments >= s.sequences + (cut ? s.tokens / c.segment : 0), "%ld tokens", where);
+// Unpacked: walks the units as the CTAs do and finds every grain once, in order.
+void ssd_scan_units_cover_the_line(const zebra::SsdScanSm90Config& c, const char* where) {
+  std::int64_t before = 0;
+  bool inside = false;
+  for (std::int64_t u = 1; u <= c.units; ++u) {
+    std::int64_t at = zebra::ssd_scan_cut(c.share, c.more, u);
+    at += zebra::ssd_scan_snap(at % c.grains, c.grains, c.snap);
+    EXPECT(at >= before, "unit %ld of %s", static_cast<long>(u), where);
+    inside = inside || at % c.grains != 0;
+    before = at;
   }
-  if (invariant) EXPECT(c.segment == 2048, "%ld tokens", where);
+  EXPECT(before == c.line, "%s", where);
+  EXPECT(c.cut || !inside, "%s", where);
+}
+
+void ssd_scan_cuts_cover_every_sequence(const zebra::SsdScanSm90Shape& s, bool invariant) {
+  const zebra::SsdScanSm90Config c = zebra::select_ssd_scan_sm90_config(s, 132, invariant);
+  char where[96];
+  std::snprintf(where, sizeof(where), "%ld tokens, %ld sequences, %ld heads, P %d, N %d",
+                static_cast<long>(s.tokens), static_cast<long>(s.sequences),
+                static_cast<long>(s.heads), s.head_dim, s.state_dim);
+  EXPECT(c.smem_bytes <= zebra::kSsdSm90SmemBytes && c.stages >= 1 && c.zy_slots >= 2, "%s", where);
+  EXPECT(c.state_smem_bytes <= zebra::kSsdSm90SmemBytes && c.state_stages >= 2, "%s", where);
+  EXPECT(c.heads * c.head_slots >= s.heads && c.width * c.bundles == c.head_slots, "%s", where);
+  EXPECT(c.items == c.units * c.width && c.units >= 1, "%s", where);
+  EXPECT(c.state_items == (c.cut ? c.items << c.state_cuts_shift : 0), "%s", where);
+  EXPECT(c.share * c.units + c.more == c.line, "%s", where);
+  // A bundle holds whole groups of heads that read the same x and B.
+  const std::int64_t group = s.heads / (s.x_heads > s.b_heads ? s.x_heads : s.b_heads);
+  const std::int64_t slots = group % c.heads == 0 ? group / c.heads : 1;
+  EXPECT(c.width == 1 || c.width % slots == 0 || slots > 16, "%s", where);
+  if (s.sequences == 0) ssd_scan_units_cover_the_line(c, where);
+  if (s.sequences > 0 && !c.cut) EXPECT(c.units == c.bundles * s.sequences, "%s", where);
+  if (invariant && c.cut) EXPECT(1 << c.grain_shift == 2048 / zebra::kSsdChunk, "%s", where);
 }
 
 void ssd_scan_tiles_fit() {
@@ -74,7 +98,7 @@ void ssd_scan_tiles_fit() {
               for (const std::int64_t c_heads : {few, heads})
                 for (const std::int64_t x_heads : {few, heads})
                   for (const std::int64_t sequences : {0, 1, 7, 300})
-                    ssd_scan_segments_cover_every_sequence(
+                    ssd_scan_cuts_cover_every_sequence(
                         {sequences > 0 ? 1 : 2, sequences, tokens, heads, x_heads, few, c_heads,
                          head_dim, state_dim, flag},
                         flag);
@@ -82,7 +106,9 @@ void ssd_scan_tiles_fit() {
   // One wave of the 132 multiprocessors of an H200 where it can be had.
   constexpr zebra::SsdScanSm90Config c =
       zebra::select_ssd_scan_sm90_config({2, 0, 8192, 32, 8, 8, 32, 128, 128, true}, 132, false);
-  static_assert(c.items == 128 && c.stages == 3 && c.zy_slots == 3, "the 8B layer, 2 x 8192");
+  static_assert(
+      c.items <= 132 && c.items >= 128 && c.width == 4 && c.stages == 3 && c.zy_slots == 3,
+      "the 8B layer, 2 x 8192");
 }
 
 // Every output belongs to one unit, every step along K to one CTA, and no product reads past the
@@ -150,6 +176,7 @@ void linear_decode_tiles_fit() {
 }  // namespace
 
 int main() {
+  token_tiles_cover_a_token();
   linear_decode_tiles_fit();
   rms_norm_tiles_cover_a_row();
   ssd_scan_tiles_fit();

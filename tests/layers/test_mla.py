@@ -4,6 +4,7 @@ from tolerances import factor
 
 from zebra.cache import HybridCache, PagedSpec
 from zebra.layers import MultiheadLatentAttention, RotaryEmbedding
+from zebra.layers.mla import ABSORBED_ROWS, _equal_work
 from zebra.testing import assert_close
 
 HIDDEN, HEADS, GROUPS, R, NOPE, E, DV = 48, 6, 2, 16, 24, 32, 40
@@ -96,17 +97,26 @@ def test_step_takes_several_tokens(device: str) -> None:
     close(torch.cat(parts, 1), layer, hidden, layer(hidden), "steps of 5, 1, 7")
 
 
+def test_the_form_follows_from_the_rows_of_the_published_shapes() -> None:
+    for shape, rows in ABSORBED_ROWS.items():
+        assert abs(_equal_work(*shape) - rows) <= 1, shape
+
+
+@pytest.mark.parametrize("absorbed_rows", [0, 3, 17])
 @torch.no_grad()
-def test_chunked_forward_equals_one_shot(device: str) -> None:
+def test_chunked_forward_equals_one_shot(device: str, absorbed_rows: int) -> None:
     layer, hidden = make(device), torch.randn(2, 37, HIDDEN, device=device)
+    layer.absorbed_rows = absorbed_rows
     cache = pages(2, device, fill=float("nan"))
     parts = [run_forward(layer, cache, hidden[:, a:b]) for a, b in ((0, 3), (3, 20), (20, 37))]
     close(torch.cat(parts, 1), layer, hidden, layer(hidden), "chunks")
 
 
+@pytest.mark.parametrize("absorbed_rows", [0, 4, 100])
 @torch.no_grad()
-def test_ragged_chunks_equal_separate_sequences(device: str) -> None:
+def test_ragged_chunks_equal_separate_sequences(device: str, absorbed_rows: int) -> None:
     layer = make(device)
+    layer.absorbed_rows = absorbed_rows
     lengths, chunks = (11, 7), ((4, 0), (7, 7))
     sequences = [torch.randn(1, n, HIDDEN, device=device) for n in lengths]
     cache = pages(2, device, fill=float("nan"))

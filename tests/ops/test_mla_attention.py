@@ -64,7 +64,8 @@ def check(inputs, grads, cu_seqlens=None, causal=True, got=None):
     got = run(ops.mla_attention, inputs, grads, cu_seqlens, causal) if got is None else got
     for name, g, t, e in zip(("o", "lse", "dq", "dkv", "dk_rope"), got, truth, eager, strict=True):
         assert g.shape == t.shape and g.dtype == e.dtype
-        op = "mla_attention.gradient" if name.startswith("d") else "mla_attention"
+        op = "mla_attention.library" if got[0].is_cuda and got[0].itemsize == 2 else "mla_attention"
+        op += ".gradient" if name.startswith("d") else ""
         assert_close(g, t, e, tolerances.factor(op, g.dtype), name)
 
 
@@ -93,10 +94,12 @@ def test_mla_attention_of_packed_sequences_equals_separate_calls(device):
     bounds = [0, 33, 90, 150]
     cu = torch.tensor(bounds, dtype=torch.int32, device=device)
     packed = run(ops.mla_attention, inputs, grads, cu)
+    # On CUDA two libraries: each result differs from the other's by its own roundings.
+    tolerance = 1e-3 if device == "cpu" else 6e-3
     for a, b in pairwise(bounds):
         one = run(ops.mla_attention, [t[:, a:b] for t in inputs], [t[:, a:b] for t in grads])
         for p, o in zip(packed, one, strict=True):
-            assert relative_error(p[:, a:b], o) < 1e-3
+            assert relative_error(p[:, a:b], o) < tolerance
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,6 +14,23 @@ from zebra.layers.rope import RotaryEmbedding
 
 MAX_STEP_TOKENS = 16  # the absorbed form of one decoding step; more new tokens use forward()
 
+# How many new query rows of a sequence attend to its cached latents themselves (absorbed) before
+# expanding them to keys and values is cheaper, by (H, G, R, Dn, Dv).  Where both need the same
+# number of multiplications (see _equal_work), until measured.
+ABSORBED_ROWS = {
+    (32, 8, 128, 32, 64): 19,  # Zebra 1B
+    (24, 8, 128, 64, 128): 128,  # 3B
+    (32, 8, 160, 64, 128): 60,  # 8B
+    (32, 8, 128, 64, 128): 96,  # 8B with rank 128
+    (128, 128, 512, 128, 128): 171,  # DeepSeek-V3
+}
+
+
+def _equal_work(H: int, G: int, R: int, Dn: int, Dv: int) -> int:
+    """Rows at which 2 R G (Dn + Dv) flops a key equal H 2 (2 R - Dn - Dv) flops a (row, key)."""
+    dearer = H * (2 * R - Dn - Dv)
+    return R * G * (Dn + Dv) // dearer if dearer > 0 else 1 << 30
+
 
 class MultiheadLatentAttention(nn.Module):
     """Attention whose keys and values are a shared low-rank latent plus one rotary key.
@@ -68,6 +85,8 @@ class MultiheadLatentAttention(nn.Module):
                 f"MultiheadLatentAttention: rotary must have dim qk_rope_head_dim = "
                 f"{qk_rope_head_dim}, got {rotary.dim}"
             )
+        shape = (num_heads, num_kv_heads, kv_lora_rank, qk_nope_head_dim, v_head_dim)
+        self.absorbed_rows = ABSORBED_ROWS.get(shape, _equal_work(*shape))
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.qk_nope_head_dim, self.v_head_dim = qk_nope_head_dim, v_head_dim
@@ -169,6 +188,11 @@ class MultiheadLatentAttention(nn.Module):
             [B, T, hidden_size].
         """
         q, _ = self._project(hidden, positions, cache, slot_mapping)
+        out: Tensor = self.out_proj(self._absorbed(q, cache, block_table, seq_lens).flatten(2))
+        return out
+
+    def _absorbed(self, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor) -> Tensor:
+        """Attend to the cached latents themselves: q [B, T <= 16, H, Dn + E] -> [B, T, H, Dv]."""
         q, kv_b_weight = autocast(q, self.kv_b_proj.weight)
         o, _ = ops.mla_decode(
             q,
@@ -180,8 +204,7 @@ class MultiheadLatentAttention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             kv_lora_rank=self.kv_lora_rank,
         )
-        out: Tensor = self.out_proj(o.flatten(2))
-        return out
+        return o
 
     def _project(
         self,
@@ -231,9 +254,27 @@ class MultiheadLatentAttention(nn.Module):
         out = []
         for i, (row, prefix, new) in enumerate(zip(rows, prefix_lens, new_lens, strict=True)):
             length = prefix + new
+            if new <= self.absorbed_rows:
+                out.append(self._absorb_rows(row, cache, block_table[i], prefix)[None])
+                continue
             pages = block_table[i, : -(-length // page)].long()
             out.append(self._attend(row[None], cache[pages].flatten(0, 1)[None, :length], None))
         return torch.cat(out, dim=1).view(*q.shape[:3], self.v_head_dim)
+
+    def _absorb_rows(self, q: Tensor, cache: Tensor, pages: Tensor, prefix: int) -> Tensor:
+        """q [new, H, Dn + E] of one sequence, absorbed: each 16 rows as a sequence of their own."""
+        out, new = [], q.size(0)
+        whole = new // MAX_STEP_TOKENS * MAX_STEP_TOKENS
+        for first, end, size in ((0, whole, MAX_STEP_TOKENS), (whole, new, new - whole)):
+            if first == end:
+                continue
+            chunks = q[first:end].unflatten(0, (-1, size))
+            seen = torch.arange(
+                prefix + first + size, prefix + end + 1, size, dtype=torch.int32, device=q.device
+            )
+            table = pages.expand(chunks.size(0), -1).contiguous()
+            out.append(self._absorbed(chunks, cache, table, seen).flatten(0, 1))
+        return torch.cat(out) if out else q.new_empty(0, q.size(1), self.v_head_dim)
 
 
 def sequence_positions(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 _CPU, _CUDA = "CPU", "CUDA"
 _composites: set[str] = set()  # operators that composites serve on CUDA
 _mixed: set[str] = set()  # operators with a CUDA kernel for 16 bit and a composite for float32
+_around: dict[str, str] = {}  # operators that Python serves on CUDA around a kernel: by what
 _composite_library = torch.library.Library("zebra", "IMPL")
 
 MIXED = "kernel (bfloat16, float16); composite (float32)"
@@ -74,6 +75,28 @@ def composite(
     return register
 
 
+def around(
+    kernel: str, name: str, served: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the CUDA form of an operator that is Python around a compiled kernel.
+
+    Without the kernel nothing is registered, and a :func:`composite` that follows serves.
+
+    Args:
+        kernel: the internal operator that must have a compiled CUDA kernel.
+        name: the operator.
+        served: what the support matrix says of it.
+    """
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if has_kernel(kernel, _CUDA) and kernel not in _composites:
+            _composite_library.impl(name, fn, _CUDA)
+            _around[name] = served
+        return fn
+
+    return register
+
+
 @contextlib.contextmanager
 def differentiable() -> Iterator[None]:
     """Record gradients inside a composite.
@@ -90,9 +113,10 @@ def support_matrix() -> dict[str, dict[str, str]]:
     """What serves each operator: ``{"rms_norm": {"cpu": "kernel", "cuda": "kernel"}, ...}``.
 
     Values: "kernel" (compiled C++ or CUDA), "composite" (eager PyTorch operations under the
-    operator's name), "kernel (bfloat16, float16); composite (float32)" where the dtype decides,
-    "none".  Where the CUDA library was not built or loaded, kernels that it holds are reported as
-    the composite that serves instead.
+    operator's name), "kernel (bfloat16, float16); composite (float32)" where the dtype decides, a
+    text that begins with "kernel + " where kernels surround those of a library, "none".  Where the
+    CUDA library was not built or loaded, kernels that it holds are reported as the composite that
+    serves instead.
     """
 
     def served(name: str, key: str) -> str:
@@ -100,6 +124,8 @@ def support_matrix() -> dict[str, dict[str, str]]:
             return "composite"
         if key == _CUDA and name in _mixed:
             return MIXED
+        if key == _CUDA and name in _around:
+            return _around[name]
         return "kernel" if has_kernel(name, key) else "none"
 
     return {name: {"cpu": served(name, _CPU), "cuda": served(name, _CUDA)} for name in OPERATORS}

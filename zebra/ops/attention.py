@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zebra.ops import _attention_library as library
 from zebra.ops._check import Check, acc_dtype
-from zebra.ops._register import autograd, composite, fake
+from zebra.ops._register import around, autograd, composite, fake
 
 # Elements of the scores that the composite holds at once: 256 MiB in fp32.
 _CHUNK_ELEMENTS = 1 << 26
@@ -48,9 +49,16 @@ def mla_attention(
             the host) where cu_seqlens does not rise from 0 to T.
 
     Numerics:
-        fp32 throughout (fp64 for fp64), one rounding to the output dtype; on the bf16 matrix unit
-        of a CPU (AMX) probabilities, and the gradients of scores, are rounded to bf16 once.  Scores
-        are never held whole.  Deterministic, gradients included; on the CPU independent of threads.
+        fp32 throughout (fp64 for fp64), one rounding to the output dtype; on matrix units (AMX of a
+        CPU, 16 bit on CUDA) probabilities, and the gradients of scores, are rounded to 16 bit once.
+        Scores are never held whole.  Deterministic, gradients included, and on the CPU independent
+        of threads; on CUDA 16-bit gradients are where torch.use_deterministic_algorithms is on.
+
+    CUDA, 16 bit: cuDNN's attention on Hopper and later (equal widths of keys and values up to 128,
+    or 192 and 128; causal with T = S or not causal; its gradients where 128 divides T and S), else
+    torch's flash attention (equal widths up to 256), both with Dn, E and Dv multiples of 8; any
+    other shape, and gradients through lse, in PyTorch operations.  The switches of
+    torch.backends.cuda turn either library off.  A shape that cuDNN refuses raises.
     """
     return torch.ops.zebra.mla_attention(q, kv, k_rope, scale, cu_seqlens, causal)
 
@@ -82,6 +90,17 @@ def _mla_attention_backward_fake(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), kv.new_empty(kv.shape), k_rope.new_empty(k_rope.shape)
+
+
+@fake("_mla_attention_keys")
+def _keys_fake(kv: Tensor, k_rope: Tensor, nope_dim: int) -> Tensor:
+    return kv.new_empty(*kv.shape[:3], nope_dim + k_rope.size(2))
+
+
+@fake("_mla_attention_key_gradients")
+def _key_gradients_fake(dkey: Tensor, dvalue: Tensor, nope_dim: int) -> tuple[Tensor, Tensor]:
+    dkv = dkey.new_empty(*dkey.shape[:3], nope_dim + dvalue.size(3))
+    return dkv, dkey.new_empty(*dkey.shape[:2], dkey.size(3) - nope_dim)
 
 
 class _Eager:
@@ -164,6 +183,48 @@ def _check(q: Tensor, kv: Tensor, k_rope: Tensor, cu_seqlens: Tensor | None) -> 
         check.that(S == T, "k_rope", k_rope, legend, T, " with cu_seqlens")
 
 
+@around("_mla_attention_keys", "mla_attention", library.SERVED)
+def _mla_attention_cuda(
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    _check(q, kv, k_rope, cu_seqlens)
+    problem = library.Problem.of(q, kv, k_rope, cu_seqlens, causal)
+    served = library.choose(problem, library.Libraries.on(q.device))
+    if served == library.COMPOSITE:
+        return _mla_attention_composite(q, kv, k_rope, scale, cu_seqlens, causal)
+    return library.forward(served, q, kv, k_rope, scale, cu_seqlens, problem.causal)
+
+
+@around("_mla_attention_keys", "mla_attention_backward", library.SERVED)
+def _mla_attention_backward_cuda(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = library.Problem.of(q, kv, k_rope, cu_seqlens, causal)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    served = library.choose(
+        problem, library.Libraries.on(q.device), backward=True, deterministic=deterministic
+    )
+    if served == library.COMPOSITE or dlse is not None:  # no library takes lse's gradient
+        return _mla_attention_backward_composite(
+            do, dlse, q, kv, k_rope, o, lse, scale, cu_seqlens, causal
+        )
+    return library.backward(served, do, q, kv, k_rope, o, lse, scale, cu_seqlens, problem.causal)
+
+
 @composite("mla_attention")
 def _mla_attention_composite(
     q: Tensor,
@@ -217,6 +278,18 @@ def _mla_attention_backward_composite(
     dkv = torch.cat((dkey[..., :nope], dvalue), dim=-1).transpose(1, 2)
     dk_rope = dkey[..., nope:].sum(1)
     return dq, dkv.to(kv.dtype).contiguous(), dk_rope.to(k_rope.dtype)
+
+
+@composite("_mla_attention_keys")
+def _keys_composite(kv: Tensor, k_rope: Tensor, nope_dim: int) -> Tensor:
+    rope = k_rope[:, :, None].expand(-1, -1, kv.size(2), -1)
+    return torch.cat((kv[..., :nope_dim], rope), dim=-1)
+
+
+@composite("_mla_attention_key_gradients")
+def _key_gradients_composite(dkey: Tensor, dvalue: Tensor, nope_dim: int) -> tuple[Tensor, Tensor]:
+    dk_rope = dkey[..., nope_dim:].float().sum(2).to(dkey.dtype)
+    return torch.cat((dkey[..., :nope_dim], dvalue), dim=-1), dk_rope
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
