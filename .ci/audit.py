@@ -31,7 +31,7 @@ FAST_PATH = {
     "sm_90a": {
         "linear_decode_sm90_kernel": (
             r"HGMMA\.64x16x16\.F32",
-            r"UTMALDG\.[23]D",
+            r"UTMALDG\.4D",
             r"ACQBULK",
             r"PREEXIT",
         ),

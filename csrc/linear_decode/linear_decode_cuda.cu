@@ -265,4 +265,8 @@ Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream) {
                                                      : linear_decode_portable(p, stream);
 }
 
+bool linear_decode_cuda_needs_h(const LinearDecodeParams& p) {
+  return p.norm_weight != nullptr && takes_sm90() && linear_decode_sm90_takes(p);
+}
+
 }  // namespace zebra

@@ -10,41 +10,38 @@
 //                `units` units of outputs in turn (linear_decode_sm90_config.h).  With 64 tokens
 //                and more, and few rows, two CTAs share rows and halve K, so that x is read from L2
 //                half as often; they exchange sums, each finishes half of the tokens.
-// Warps          load (one thread) | squares of x, 3 warps | product, a warpgroup for 64 rows (1 or
-//                2).
+// Warps          load (one thread of a warpgroup) | product, 2 warpgroups: 64 rows each where a
+// unit
+//                has more than 64, else every other piece of K.  One warpgroup alone would decide:
+//                products of few tokens take as long to issue as HBM takes to bring their weight.
 // Slices         where a share has at most 16 or 32 rows, the 64 rows of a product are those of 4
 //                or 2 pieces of K: a quarter or half of the products, of which the diagonal is
-//                summed.  So small weights, which are in shared memory before x is, do not wait on
-//                the tensor cores.
-// Norm           y = rms(x)^-1 (W gain) x: with a norm W goes through registers, where it is
-//                multiplied by the gain, whatever the number of tokens; the squares of x are summed
-//                beside the products, whose sums are scaled at the end.  (Multiplying x by the gain
-//                in shared memory, between copy and product, made every stage wait for it.)
+//                summed.
+// Norm           a launch before this one (linear_decode_sm90_norm.cuh).
 // Swiglu         the first warpgroup multiplies gate rows, the second the same outputs' up rows.
-// Shared memory  a ring of stages (W 8 KB or more, x), their gains, 3 KB of barriers, sums on
-//                their way out.  Where 64 rows of W meet at most 64 tokens, 113 KB: CTAs of two
-//                launches fit side by side, and the next launch fills its ring while this one ends.
-// L2             what the ring does not hold is asked for into L2 while x is not there yet, so that
-//                HBM does not idle from one launch to the next.
-// Barriers       full (copies), empty of a stage; squares; the peer's sums, twice.
+// Shared memory  a ring of stages (W 12 KB or more, x), 1 KB of barriers, sums on their way out.
+//                Up to 16 tokens where 64 rows of W are a unit, and for small weights, 112 KB: CTAs
+//                of two launches fit side by side, and the next launch fills its ring while this
+//                one ends.  Else 225 KB.
+// Barriers       full (copies), empty of a stage; the peer's sums, twice.  Every warp that waits
+// for
+//                stages waits for each: a phase that is let pass looks like the one after the next.
 // Launch         with the programmatic attribute.  Under stream capture W is requested into shared
-//                memory before the preceding kernel has ended: in a graph it must not be written by
-//                the launch just before.  Otherwise it is requested into L2, where any write to it
-//                is seen.  Dependents start when the last copy is issued.
-// Registers      at most 128 a thread with 64 rows of W (128 tokens: 88 and 168, moved between the
-//                warpgroups), 80 with 128 rows and up to 32 tokens, 168 beyond.
+//                memory before the preceding kernels have ended: in a graph they must not write it.
+//                Otherwise it is requested into L2, where any write to it is seen.  Dependents
+//                start as soon as W is requested, or when the last copy is issued.
+// Registers      at most 80 a thread up to 64 tokens, so that two CTAs fit; 127 with 128.
 // Alignment      rows of x and W, and norm_weight, to 16 bytes; other calls take the portable
 //                kernel (linear_decode_cuda.cu).
 // Bound          HBM: W once.  Through L2 x is read once a CTA (tokens / unit of W's bytes).
-// Predicted      in a chain with programmatic edges, over the time of reading W: 4096 x 4096 1.08
-// up
-//                to 16 tokens, 1.15 at 32, 1.2 at 64, 1.5 at 128, a norm 0.03 more; 128256 x 4096
-//                1.05 up to 64 tokens.  2048 x 2048 is bound by latency: 4 us up to 16 tokens.
+// Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
+//                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 1.3 us more.
 // Measured       not yet.
 #include "linear_decode/linear_decode_sm90_launch.h"
 
 #include "common/cuda/launch.h"
 #include "common/sm90/tma.h"
+#include "linear_decode/linear_decode_sm90_norm.cuh"
 
 namespace zebra {
 namespace sm90 {
@@ -76,7 +73,7 @@ Status start(const LinearArgs& args, cudaStream_t stream) {
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(c.clusters * c.cluster));
-  config.blockDim = dim3(128 * (1 + kRowTiles));
+  config.blockDim = dim3(kLinearThreads);
   config.dynamicSmemBytes = static_cast<std::size_t>(c.smem_bytes);
   config.stream = stream;
   config.attrs = attributes;
@@ -87,10 +84,10 @@ Status start(const LinearArgs& args, cudaStream_t stream) {
 
 template <typename T, int kTokens>
 Status with_rows(const LinearArgs& args, cudaStream_t stream) {
-  if constexpr (kTokens <= kLinearMostSlicedTokens) {
+  if constexpr (2 * kTokens <= kLinearMostSlicedColumns)
     if (args.cfg.slices == 2) return start<T, kTokens, 1, 2>(args, stream);
+  if constexpr (4 * kTokens <= kLinearMostSlicedColumns)
     if (args.cfg.slices == 4) return start<T, kTokens, 1, 4>(args, stream);
-  }
   return args.cfg.row_tiles == 1 ? start<T, kTokens, 1, 1>(args, stream)
                                  : start<T, kTokens, 2, 1>(args, stream);
 }
@@ -111,22 +108,67 @@ Status with_tokens(const LinearArgs& args, cudaStream_t stream) {
   }
 }
 
-// Rows of K elements in boxes of `box_rows` x kLinearBox; `blocks` of them side by side along K, or
-// 0: single boxes of a matrix, whose last may reach beyond K.
-Status encode(CUtensorMap* map, const LinearDecodeParams& p, const void* data, std::int64_t rows,
-              std::int64_t stride, int box_rows, int blocks) {
-  const std::int64_t step = rows > 1 ? stride : round_up<std::int64_t>(p.K, 8);
-  const TmaDim along = {static_cast<std::uint64_t>(rows), static_cast<std::uint64_t>(step),
-                        static_cast<std::uint32_t>(box_rows)};
+// The maps of the weight (boxes of all boxes' rows, of gate and of up rows with swiglu) and of x.
+Status encode_maps(LinearArgs& args) {
+  const LinearDecodeParams& p = args.p;
+  const LinearDecodeSm90Config& c = args.cfg;
   const bool bf16 = p.dtype == DType::kBFloat16;
-  if (blocks == 0)
-    return encode_tensor_map(map, bf16, data,
-                             {{static_cast<std::uint64_t>(p.K), 1, kLinearBox}, along});
-  return encode_tensor_map(map, bf16, data,
-                           {{kLinearBox, 1, kLinearBox},
-                            along,
-                            {static_cast<std::uint64_t>(p.K / kLinearBox), kLinearBox,
-                             static_cast<std::uint32_t>(blocks)}});
+  const auto pitch = [&](std::int64_t rows, std::int64_t stride) {
+    return static_cast<std::uint64_t>(rows > 1 ? stride : round_up<std::int64_t>(p.K, 8));
+  };
+  const std::uint32_t halves = p.swiglu ? 2 : 1;
+  const std::uint64_t step = pitch(p.outputs * halves, p.weight_stride);
+  const auto outputs = static_cast<std::uint64_t>(p.outputs);
+  const TmaDim single = {static_cast<std::uint64_t>(p.K), 1, kLinearBox};
+  const TmaDim along = {kLinearBox, 1, kLinearBox};
+  const TmaDim blocks = {static_cast<std::uint64_t>(p.K / kLinearBox), kLinearBox,
+                         static_cast<std::uint32_t>(c.boxes)};
+  const TmaDim rows = {outputs, step, static_cast<std::uint32_t>(c.box_rows)};
+  const TmaDim both = {halves, outputs * step, halves};
+  const TmaDim tokens = {static_cast<std::uint64_t>(p.rows), pitch(p.rows, p.x_stride),
+                         static_cast<std::uint32_t>(c.tokens)};
+  const Status s =
+      args.whole ? encode_tensor_map(&args.weight, bf16, p.weight, {along, rows, both, blocks})
+                 : encode_tensor_map(&args.weight, bf16, p.weight, {single, rows, both});
+  if (s.error != nullptr) return s;
+  return args.whole ? encode_tensor_map(&args.x, bf16, p.x, {along, tokens, blocks})
+                    : encode_tensor_map(&args.x, bf16, p.x, {single, tokens});
+}
+
+template <typename T, typename Gain>
+Status start_norm(const LinearDecodeParams& p, cudaStream_t stream) {
+  const auto kernel = linear_decode_norm_kernel<T, Gain>;
+  // The carve-out of the products: other ones cannot share a multiprocessor with them.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(p.rows));
+  config.blockDim = dim3(kLinearNormThreads);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(p.x), p.x_stride,
+                             static_cast<const Gain*>(p.norm_weight), static_cast<T*>(p.h),
+                             static_cast<int>(p.K), static_cast<float>(p.norm_eps));
+  return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
+}
+
+template <typename T>
+Status with_norm(LinearArgs& args, cudaStream_t stream) {
+  LinearDecodeParams& p = args.p;
+  if (p.norm_weight != nullptr) {
+    if (p.h == nullptr) return {"linear_decode on Hopper needs a workspace for the norm"};
+    const Status s = p.norm_weight_dtype == DType::kFloat32 ? start_norm<T, float>(p, stream)
+                                                            : start_norm<T, T>(p, stream);
+    if (s.error != nullptr) return s;
+    p.x = p.h, p.x_stride = p.K, p.norm_weight = nullptr;
+  }
+  const Status s = encode_maps(args);
+  return s.error != nullptr ? s : with_tokens<T>(args, stream);
 }
 
 }  // namespace
@@ -136,24 +178,12 @@ Status linear_decode_launch(const LinearDecodeParams& p, Early early,
   LinearArgs args = {};
   args.p = p;
   args.early = early;
-  args.starts_next_first = tuning.starts_next_first;
-  args.cfg =
-      select_linear_decode_sm90_config({p.rows, p.outputs, p.K, p.swiglu, p.norm_weight != nullptr,
-                                        p.norm_weight_dtype == DType::kFloat32 ? 4 : 2},
-                                       multiprocessors(), tuning);
+  args.cfg = select_linear_decode_sm90_config({p.rows, p.outputs, p.K, p.swiglu}, multiprocessors(),
+                                              tuning);
   if (!linear_ring_turns(args.cfg)) return {"the ring does not fit in shared memory"};
-  const std::int64_t weight_rows = p.swiglu ? 2 * p.outputs : p.outputs;
-  const LinearDecodeSm90Config& c = args.cfg;
-  args.x_whole = p.K % kLinearBox == 0;
-  // One copy leaves no gap between boxes.
-  args.weight_whole = args.x_whole && c.unit * 2 * kLinearBox == c.weight_box;
-  Status s = encode(&args.weight, p, p.weight, weight_rows, p.weight_stride, c.unit,
-                    args.weight_whole ? c.boxes : 0);
-  if (s.error == nullptr)
-    s = encode(&args.x, p, p.x, p.rows, p.x_stride, c.tokens, args.x_whole ? c.boxes : 0);
-  if (s.error != nullptr) return s;
-  return p.dtype == DType::kBFloat16 ? with_tokens<__nv_bfloat16>(args, stream)
-                                     : with_tokens<__half>(args, stream);
+  args.whole = p.K % kLinearBox == 0;
+  return p.dtype == DType::kBFloat16 ? with_norm<__nv_bfloat16>(args, stream)
+                                     : with_norm<__half>(args, stream);
 }
 
 }  // namespace sm90

@@ -9,7 +9,10 @@
 
 namespace zebra::sm90 {
 
-// ---- products and what follows them: one warpgroup for 64 rows of the weight
+// ---- products and what follows them: two warpgroups
+//
+// Of units of more than 64 rows (row_tiles 2) each takes 64; of others both take all rows, and
+// every other group of kSlices boxes along K, so a stage has two groups or more.
 //
 // With several slices the 64 rows are those of kSlices boxes along K, one behind the other in
 // shared memory, and the columns the tokens of as many boxes of x: the blocks on the diagonal are
@@ -18,69 +21,63 @@ namespace zebra::sm90 {
 template <typename T, int kTokens, int kRowTiles, int kSlices>
 struct LinearProduct {
   static constexpr int kSize = kSlices * kTokens / 2;  // accumulators of a thread
-  static constexpr int kThreads = 128 * kRowTiles, kWarps = 4 * kRowTiles;
-  // Sets of fragments that registers allow: two launches' CTAs of 384 threads leave 80 a thread.
-  static constexpr bool kTwoSets =
-      kRowTiles == 1 ? kSlices * kTokens < 128 : linear_ctas_of_sm(kTokens, kRowTiles) == 1;
-  static constexpr int kStaged = linear_staged_tokens(kTokens);
+  static constexpr int kThreads = kLinearThreads - 128, kWarps = kThreads / 32;
+  static constexpr int kParts = kRowTiles == 1 ? 2 : 1;  // into which sums along K are split
+  static constexpr int kFinishing = 128 * kRowTiles;     // threads that exchange sums
+  static constexpr int kStaged = linear_staged_tokens(kTokens, kRowTiles);
   static constexpr int kPitch = linear_staging_pitch(kRowTiles);
 
   const LinearArgs& a;
   const LinearWork& work;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - 4;
-  const int tile = warp / 4;
-
-  // Of one box: 64 rows and 4 x 16 elements of K of the weight, in registers for a product.
-  struct Fragments {
-    std::uint32_t at[kLinearBox / 16][4];
-  };
+  const int tile = kRowTiles == 2 ? warp / 4 : 0, part = kParts == 2 ? warp / 4 : 0;
 
   __device__ __forceinline__ void walk() const {
-    const bool norm = a.p.norm_weight != nullptr;
     LinearRing r;
     for (int u = 0; u < work.units; ++u) {
       float d[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) d[i] = 0.f;
       if (a.cfg.cluster == 2 && warp == 0 && lane == 0)
-        mbarrier_expect(linear_shared_at(LinearSmem::kPeerFull), kSize / 2 * 4 * kThreads);
+        mbarrier_expect(linear_shared_at(LinearSmem::kPeerFull), kSize / 2 * 4 * kFinishing);
       wgmma_fence(d);
-      norm ? walk_scaled(d, r) : walk_plain(d, r);
-      if (norm && u == 0) mbarrier_wait_squares();
-      if constexpr (kTokens >= 64)
-        if (a.cfg.cluster == 2) exchange(d, u);
+      multiply_all(d, r);
+      if constexpr (kTokens >= 64) {
+        if (a.cfg.cluster == 2) {
+          if constexpr (kParts == 2) merge(d);
+          if (part == 0) exchange(d, u);
+        }
+      }
       finish(d, (work.first_unit + u) * static_cast<std::int64_t>(a.cfg.unit));
       if constexpr (kTokens >= 64)
-        if (a.cfg.cluster == 2 && u + 1 < work.units) tell_peer(LinearSmem::kPeerFree);
+        if (a.cfg.cluster == 2 && part == 0 && u + 1 < work.units) tell_peer(LinearSmem::kPeerFree);
     }
   }
 
  private:
-  __device__ __forceinline__ std::uint32_t stage_of(int slot) const {
-    return linear_shared_at(LinearSmem::kRing + slot * a.cfg.stage_bytes);
-  }
-  __device__ __forceinline__ void wait_full(const LinearRing& r) const {
-    mbarrier_wait(linear_shared_at(LinearSmem::kFull) + 8 * r.slot, r.phase);
-  }
   __device__ __forceinline__ void release(int slot) const {
     linear_arrive_warp(linear_shared_at(LinearSmem::kEmpty) + 8 * slot);
   }
 
-  __device__ __forceinline__ void walk_plain(float (&d)[kSize], LinearRing& r) const {
+  __device__ __forceinline__ void multiply_all(float (&d)[kSize], LinearRing& r) const {
     const LinearDecodeSm90Config& c = a.cfg;
+    const int own = c.boxes / (kSlices * kParts);  // groups of boxes in a stage
+    const std::uint32_t w_skip = tile * c.second_offset + part * kSlices * c.weight_box;
+    const std::uint32_t x_skip = c.x_offset + part * kSlices * c.x_box;
+    const std::uint32_t w_step = kParts * kSlices * c.weight_box;
     int last = 0;
     for (int s = 0; s < work.steps; ++s) {
-      wait_full(r);
-      const std::uint32_t stage = stage_of(r.slot);
-      const std::uint64_t w = wgmma_descriptor(stage + tile * c.second_offset, 16);
-      const std::uint64_t x = wgmma_descriptor(stage + c.x_offset, 16);
-      if (kSlices < 2 && c.boxes == 1)
-        multiply<1>(d, w, x);
-      else if (kSlices < 4 && c.boxes == 2)
-        multiply<2>(d, w, x);
+      mbarrier_wait(linear_shared_at(LinearSmem::kFull) + 8 * r.slot, r.phase);
+      const std::uint32_t stage = linear_shared_at(LinearSmem::kRing + r.slot * c.stage_bytes);
+      const std::uint64_t w = wgmma_descriptor(stage + w_skip, 16);
+      const std::uint64_t x = wgmma_descriptor(stage + x_skip, 16);
+      if (own == 1)
+        multiply<1>(d, w, w_step, x);
+      else if (own == 2)
+        multiply<2>(d, w, w_step, x);
       else
-        multiply<4>(d, w, x);
+        multiply<4>(d, w, w_step, x);
       wgmma_wait<1>();
       if (s > 0) release(last);
       last = r.slot;
@@ -89,134 +86,44 @@ struct LinearProduct {
     wgmma_wait<0>(d);
     if (work.steps > 0) release(last);
   }
-  // One group of products: all boxes of a stage.
-  template <int kBoxes>
-  __device__ __forceinline__ void multiply(float (&d)[kSize], std::uint64_t w,
+  // kGroups groups of boxes of a stage.
+  template <int kGroups>
+  __device__ __forceinline__ void multiply(float (&d)[kSize], std::uint64_t w, std::uint32_t w_step,
                                            std::uint64_t x) const {
     wgmma_fence();
 #pragma unroll
-    for (int b = 0; b < kBoxes; b += kSlices) {
+    for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int k = 0; k < kLinearBox / 16; ++k)
-        wgmma_ss<T>(d, advance(w, b * a.cfg.weight_box + 32 * k),
-                    advance(x, b * 128 * kTokens + 32 * k), true);
+        wgmma_ss<T>(d, advance(w, 32 * k),
+                    advance(x, g * kParts * kSlices * 128 * kTokens + 32 * k), true);
+      w = advance(w, w_step);
     }
     wgmma_commit();
   }
 
-  // With the norm the weight is multiplied by the gain on its way through registers.
-  __device__ __forceinline__ void walk_scaled(float (&d)[kSize], LinearRing& r) const {
-    const bool is_float = a.p.norm_weight_dtype == DType::kFloat32;
-    // Products read their fragments until they are waited for: two sets where registers allow it,
-    // so that the next box is fetched while one is multiplied.
-    Fragments even = {}, odd = {};
-    int last = -1;
-    if constexpr (kTwoSets) {
-      int s = 0, b = 0;
-      while (s < work.steps) {
-        step(d, even, odd, is_float, r, s, b, last);
-        if (s < work.steps) step(d, odd, even, is_float, r, s, b, last);
-      }
-    } else {
-      for (int s = 0, b = 0; s < work.steps;) step(d, even, even, is_float, r, s, b, last);
-    }
-    wgmma_wait<0>(d);
-    if (last >= 0) release(last);
-  }
-  // The next box, or the next kSlices boxes: box b of step s.
-  __device__ __forceinline__ void step(float (&d)[kSize], Fragments& w, Fragments& running,
-                                       bool is_float, LinearRing& r, int& s, int& b,
-                                       int& last) const {
-    const LinearDecodeSm90Config& c = a.cfg;
-    if (b == 0) wait_full(r);
-    const std::uint32_t stage = stage_of(r.slot);
-    if constexpr (!kTwoSets) finish_running(running, last);
-    fetch(w, stage + tile * c.second_offset + b * c.weight_box);
-    const int k0 = ((work.first_step + s) * c.boxes + b) * kLinearBox;
-    const int before = r.slot * c.gain_bytes + b * (c.gain_bytes / c.boxes);
-    const char* const gain = linear_shared + c.gain_offset + before;
-    is_float ? scale<float>(w, gain, k0) : scale<T>(w, gain, k0);
-    if constexpr (kTwoSets) finish_running(running, last);
-    const std::uint64_t x = wgmma_descriptor(stage + c.x_offset + b * 128 * kTokens, 16);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kLinearBox / 16; ++k)
-      wgmma_rs<T, Major::kK>(d, w.at[k], advance(x, 32 * k));
-    wgmma_commit();
-    b += kSlices;
-    if (b < c.boxes) return;
-    b = 0, ++s, last = r.slot;
-    r.advance(c.stages);
-  }
-  // The products that are running have read their fragments, and the stage of `last` where they
-  // were its last.
-  __device__ __forceinline__ void finish_running(Fragments& running, int& last) const {
-    wgmma_wait<0>();
-#pragma unroll
-    for (auto& k : running.at)
-#pragma unroll
-      for (std::uint32_t& v : k) asm volatile("" : "+r"(v)::"memory");
-    if (last >= 0) release(last);
-    last = -1;
-  }
-  __device__ __forceinline__ void fetch(Fragments& w, std::uint32_t box) const {
-    const std::uint32_t from = box + (16 * (warp % 4) + lane % 16) * 128;
-#pragma unroll
-    for (int k = 0; k < kLinearBox / 16; ++k)
-      ldmatrix_x4(w.at[k], from + (((2 * k + lane / 16) ^ lane % 8) << 4));
-  }
-  // `gain` is that of the box that `w` begins with, at element k0 of K.
-  template <typename Gain>
-  __device__ __forceinline__ void scale(Fragments& w, const char* gain, int k0) const {
-    constexpr int kHalves = kSlices == 1 ? 1 : 2;  // of 16 rows, which may be of two slices
-#pragma unroll
-    for (int i = 0; i < kHalves; ++i) {
-      const int skip = skip_of(i);
-      const Gain* const from = reinterpret_cast<const Gain*>(gain) + skip;
-#pragma unroll
-      for (int at = 0; at < kLinearBox; at += 8) {
-        if constexpr (std::is_same_v<Gain, float>) {
-          const float2 g = *reinterpret_cast<const float2*>(from + at);
-          for_rows<kHalves>(w, at, i, [&](std::uint32_t& v) {
-            const float2 f = unpack<T>(v);
-            v = pack<T>(f.x * g.x, f.y * g.y);
-          });
-        } else {
-          const std::uint32_t g = *reinterpret_cast<const std::uint32_t*>(from + at);
-          for_rows<kHalves>(w, at, i, [&](std::uint32_t& v) { v = multiply_pairs<T>(v, g); });
-        }
-      }
-      // Beyond K there is no gain, and what lies in its place may be anything.
-      if (k0 + kSlices * kLinearBox <= static_cast<int>(a.p.K)) continue;
-#pragma unroll
-      for (int at = 0; at < kLinearBox; at += 8)
-        for_rows<kHalves>(w, at, i, [&](std::uint32_t& v) {
-          if (k0 + skip + at >= static_cast<int>(a.p.K)) v = 0;
-        });
-    }
-  }
-  // Elements of K from where a box begins to the first that this thread has of rows 8 i and on.
-  __device__ __forceinline__ int skip_of(int i) const {
-    const int slice = kSlices == 1 ? 0 : min(slice_of(i), kSlices - 1);
-    return slice * kLinearBox + lane % 4 * 2;
-  }
-  template <int kHalves, typename Apply>
-  static __device__ __forceinline__ void for_rows(Fragments& w, int at, int i, const Apply& apply) {
-    apply(w.at[at / 16][at / 8 % 2 * 2 + i]);
-    if constexpr (kHalves == 1) apply(w.at[at / 16][at / 8 % 2 * 2 + 1]);
-  }
   // Of which slice the eighth i of this warp's 16 rows is.
   __device__ __forceinline__ int slice_of(int i) const {
-    return (16 * warp + 8 * i) * 128 / a.cfg.weight_box;
+    return (16 * (warp % 4) + 8 * i) * 128 / a.cfg.weight_box;
   }
 
-  __device__ __forceinline__ void mbarrier_wait_squares() const {
-    const std::uint32_t bar = linear_shared_at(LinearSmem::kSquaresFull);
-    if (a.cfg.cluster == 2)
-      mbarrier_wait_cluster(bar, 0);
-    else
-      mbarrier_wait(bar, 0);
+  // Both warpgroups' sums in the first: through the ring, which has served, or behind it.
+  __device__ __forceinline__ void merge(float (&d)[kSize]) const {
+    char* const at = linear_shared + a.cfg.merge_offset + threadIdx.x % 128 * 16;
+    named_barrier(1, kThreads);
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4)
+      if (part == 1)
+        *reinterpret_cast<float4*>(at + i / 4 * 128 * 16) = {d[i], d[i + 1], d[i + 2], d[i + 3]};
+    named_barrier(1, kThreads);
+    if (part == 1) return;
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(at + i / 4 * 128 * 16);
+      d[i] += v.x, d[i + 1] += v.y, d[i + 2] += v.z, d[i + 3] += v.w;
+    }
   }
+
   __device__ __forceinline__ void tell_peer(int bar) const {
     __syncwarp();
     if (lane == 0) mbarrier_arrive_cluster(cluster_addr(linear_shared_at(bar), work.rank ^ 1));
@@ -246,16 +153,17 @@ struct LinearProduct {
     work.rank == 0 ? give(kHalf) : give(0);
     mbarrier_wait_cluster(linear_shared_at(LinearSmem::kPeerFull), u & 1);
     work.rank == 0 ? take(0) : take(kHalf);
-    named_barrier(1, kThreads);  // taken: the memory serves finish() next
+    named_barrier(2, kFinishing);  // taken: the memory serves finish() next
   }
 
-  // Scale, bias, activation, residual, rounding: through shared memory, so that a warp writes
-  // neighbouring outputs of one token.
+  // Bias, activation, residual, rounding: through shared memory, so that a warp writes neighbouring
+  // outputs of one token.
   __device__ __forceinline__ void finish(const float (&d)[kSize], std::int64_t first) const {
     const LinearDecodeSm90Config& c = a.cfg;
     const LinearDecodeParams& p = a.p;
     float* const staging = reinterpret_cast<float*>(linear_shared + c.staging_offset);
-    const int row = 16 * warp + lane / 4, column = lane % 4 * 2;
+    const bool has_sums = part == 0 || c.cluster == 1;
+    const int row = 64 * tile + 16 * (warp % 4) + lane / 4, column = lane % 4 * 2;
     const std::int64_t left = p.outputs - first;
     const int outputs = left < c.unit ? static_cast<int>(left) : c.unit;
     const int slice[2] = {slice_of(0), slice_of(1)};
@@ -265,13 +173,13 @@ struct LinearProduct {
       if (from >= p.rows) break;
 #pragma unroll
       for (int j = 0; j < kStaged / 8; ++j) {
-        float* const to = staging + (8 * j + column) * kPitch + row;
+        float* const to = staging + (part * kStaged + 8 * j + column) * kPitch + row;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int s = 0; s < kSlices; ++s) {
             const int i = (s * kTokens + from) / 2 + 4 * j + 2 * half;
-            if (kSlices == 1 || slice[half] == s)
+            if (has_sums && (kSlices == 1 || slice[half] == s))
               to[8 * half] = d[i], to[kPitch + 8 * half] = d[i + 1];
           }
         }
@@ -286,25 +194,21 @@ struct LinearProduct {
   __device__ __forceinline__ void write(const float* sums, int token, std::int64_t first,
                                         int outputs) const {
     const LinearDecodeParams& p = a.p;
-    float scale = 1.f;
-    if (p.norm_weight != nullptr) {
-      const float* const squares =
-          reinterpret_cast<const float*>(linear_shared + LinearSmem::kSquares) + token;
-      const float sum = a.cfg.cluster == 2 ? squares[0] + squares[kTokens] : squares[0];
-      scale = rsqrtf(sum / static_cast<float>(p.K) + static_cast<float>(p.norm_eps));
-    }
     const T* const bias = static_cast<const T*>(p.bias);
     const T* const residual = static_cast<const T*>(p.residual);
     const std::int64_t residual_at = token * p.residual_stride + first;
     T* const y = static_cast<T*>(p.y) + token * p.outputs + first;
+    const bool in_parts = kParts == 2 && a.cfg.cluster == 1;
     for (int n = lane; n < outputs; n += 32) {
-      float v = sums[n];
+      float v = 0.f;
 #pragma unroll
-      for (int s = 1; s < kSlices; ++s) v += sums[s * (a.cfg.weight_box / 128) + n];
-      v *= scale;
+      for (int s = 0; s < kSlices; ++s) {
+        const float* const from = sums + s * (a.cfg.weight_box / 128) + n;
+        v += in_parts ? from[0] + from[kStaged * kPitch] : from[0];
+      }
       if (bias != nullptr) v += to_float(bias[first + n]);
       if (p.swiglu) {
-        float up = sums[64 + n] * scale;
+        float up = sums[64 + n];
         if (bias != nullptr) up += to_float(bias[p.outputs + first + n]);
         v *= sigmoidf(v) * up;
       }
@@ -315,17 +219,16 @@ struct LinearProduct {
 };
 
 template <typename T, int kTokens, int kRowTiles, int kSlices>
-__global__ void __launch_bounds__(128 * (1 + kRowTiles), linear_ctas_of_sm(kTokens, kRowTiles))
+__global__ void __launch_bounds__(kLinearThreads, linear_ctas_of_sm(kTokens))
     linear_decode_sm90_kernel(const __grid_constant__ LinearArgs a) {
   using S = LinearSmem;
+  using Product = LinearProduct<T, kTokens, kRowTiles, kSlices>;
   const int cluster = a.cfg.cluster;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.cfg.stages; ++i) {
       mbarrier_init(linear_shared_at(S::kFull) + 8 * i, 1);
-      mbarrier_init(linear_shared_at(S::kEmpty) + 8 * i,
-                    4 * kRowTiles + (a.p.norm_weight != nullptr ? 1 : 0));
+      mbarrier_init(linear_shared_at(S::kEmpty) + 8 * i, Product::kWarps);
     }
-    mbarrier_init(linear_shared_at(S::kSquaresFull), 3 * cluster);
     mbarrier_init(linear_shared_at(S::kPeerFull), 1);
     mbarrier_init(linear_shared_at(S::kPeerFree), 4 * kRowTiles);
     mbarrier_init_fence();
@@ -333,20 +236,17 @@ __global__ void __launch_bounds__(128 * (1 + kRowTiles), linear_ctas_of_sm(kToke
   __syncthreads();
   // The peer may be spoken to once both have passed here.
   if (cluster == 2) cluster_arrive();
+  // Through a shuffle, so that the compiler knows that warps do not diverge: else every descriptor
+  // costs four moves into uniform registers.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  // 128 tokens' sums leave too few of the 128 registers that two CTAs allow a thread.
-  constexpr bool kMovesRegisters = kTokens == 128 && kRowTiles == 1;
   if (warp < 4) {
-    if constexpr (kMovesRegisters) registers_decrease<88>();
-    if (warp == 0 && threadIdx.x == 0) LinearLoader{a, LinearWork(a)}.walk();
+    if (threadIdx.x == 0) LinearLoader{a, LinearWork(a)}.walk();
     __syncwarp();
     if (cluster == 2) cluster_wait();
-    if (warp > 0 && a.p.norm_weight != nullptr) LinearSquares<T, kTokens>{a, LinearWork(a)}.walk();
   } else {
-    if constexpr (kMovesRegisters) registers_increase<168>();
     if (cluster == 2) cluster_wait();
     grid_dependency_wait();  // the residual, and y
-    LinearProduct<T, kTokens, kRowTiles, kSlices>{a, LinearWork(a)}.walk();
+    Product{a, LinearWork(a)}.walk();
   }
 }
 

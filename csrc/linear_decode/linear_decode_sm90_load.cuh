@@ -1,5 +1,4 @@
-// What feeds the kernel of linear_decode on Hopper, and its sums of squares
-// (linear_decode_sm90.cu tells the whole story).
+// What feeds the kernel of linear_decode on Hopper (linear_decode_sm90.cu tells the whole story).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,31 +10,26 @@
 
 namespace zebra::sm90 {
 
-// What is asked for before the kernel that precedes in the stream has ended: nothing, the weight in
-// L2, or the weight in shared memory.  The last may read a weight that the preceding kernel writes.
+// What is asked for before the kernels that precede in the stream have ended: nothing, the weight
+// in L2, or the weight in shared memory.  The last may miss what those kernels write to the weight.
 enum class Early { kNothing, kIntoL2, kIntoShared };
 
 struct LinearArgs {
   CUtensorMap weight, x;
-  LinearDecodeParams p;
+  LinearDecodeParams p;  // x is normalised where there was a norm
   LinearDecodeSm90Config cfg;
   Early early;
-  // Whether one copy brings all boxes of a stage: the map then has K in blocks of kLinearBox as its
-  // third dimension.
-  bool weight_whole, x_whole;
-  bool starts_next_first;  // the next launch may start before x is there
+  // Whether one copy brings all boxes of a stage: the maps then have K in blocks of kLinearBox as
+  // their last dimension.
+  bool whole;
 };
 
 // Shared memory before the ring: byte offsets.
 struct LinearSmem {
   static constexpr int kFull = 0, kEmpty = kFull + 8 * kLinearMostStages;
-  static constexpr int kSquaresFull = kEmpty + 8 * kLinearMostStages;
-  static constexpr int kPeerFull = kSquaresFull + 8, kPeerFree = kPeerFull + 8;
-  static constexpr int kSquares = 512;  // float [2][128]: of both CTAs of a cluster
-  static constexpr int kParts = kSquares + 2 * kLinearMostTokens * 4;  // float [3][128]: of a warp
+  static constexpr int kPeerFull = kEmpty + 8 * kLinearMostStages, kPeerFree = kPeerFull + 8;
   static constexpr int kRing = kLinearHeaderBytes;
-  static_assert(kPeerFree + 8 <= kSquares);
-  static_assert(kParts + 3 * kLinearMostTokens * 4 <= kRing && kRing % 1024 == 0);
+  static_assert(kPeerFree + 8 <= kRing && kRing % 1024 == 0);
 };
 
 extern __shared__ __align__(1024) char linear_shared[];
@@ -93,47 +87,32 @@ struct LinearLoader {
   }
 
   __device__ __forceinline__ void prefetch(const Place& at) const {
-    const int k = at.k, n = at.output;
-    if (a.weight_whole) {
-      tma_prefetch_3d(&a.weight, 0, n, k / kLinearBox);
+    if (a.whole) {
+      tma_prefetch_4d(&a.weight, 0, at.output, 0, at.k / kLinearBox);
       return;
     }
-    for (int b = 0; b < a.cfg.boxes; ++b) {
-      tma_prefetch_2d(&a.weight, k + b * kLinearBox, n);
-      if (a.p.swiglu)
-        tma_prefetch_2d(&a.weight, k + b * kLinearBox, static_cast<int>(a.p.outputs) + n);
-    }
+    for (int b = 0; b < a.cfg.boxes; ++b)
+      tma_prefetch_3d(&a.weight, at.k + b * kLinearBox, at.output, 0);
   }
-  // The stage's weight and gain, and the bytes that the whole stage will bring.
+  // The stage's weight, and the bytes that the whole stage will bring.
   __device__ __forceinline__ void load_weight(const Place& at, int slot) const {
     const LinearDecodeSm90Config& c = a.cfg;
-    const int k0 = at.k, n = at.output;
-    const std::uint32_t stage = linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes);
+    const std::uint32_t to = linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes);
     const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;
-    const int element = a.p.norm_weight_dtype == DType::kFloat32 ? 4 : 2;
-    const int gain = min(c.gain_bytes, (static_cast<int>(a.p.K) - k0) * element);
-    const int rows = a.p.swiglu ? 2 * c.unit : c.unit;
-    mbarrier_expect(full, c.boxes * (rows * 2 * kLinearBox + c.x_box) + gain);
-    if (a.weight_whole) tma_load_3d(stage, &a.weight, full, 0, n, k0 / kLinearBox);
-    for (int b = 0; b < c.boxes && !a.weight_whole; ++b) {
-      const std::uint32_t box = stage + b * c.weight_box;
-      tma_load_2d(box, &a.weight, full, k0 + b * kLinearBox, n);
-      if (a.p.swiglu)
-        tma_load_2d(box + c.second_offset, &a.weight, full, k0 + b * kLinearBox,
-                    static_cast<int>(a.p.outputs) + n);
+    mbarrier_expect(full, c.stage_bytes);
+    if (a.whole) {
+      tma_load_4d(to, &a.weight, full, 0, at.output, 0, at.k / kLinearBox);
+      return;
     }
-    if (gain > 0) {
-      const std::int64_t skip = static_cast<std::int64_t>(k0) * element;
-      bulk_load(linear_shared_at(c.gain_offset + slot * c.gain_bytes),
-                static_cast<const char*>(a.p.norm_weight) + skip, gain, full);
-    }
+    for (int b = 0; b < c.boxes; ++b)
+      tma_load_3d(to + b * c.weight_box, &a.weight, full, at.k + b * kLinearBox, at.output, 0);
   }
   __device__ __forceinline__ void load_x(const Place& at, int slot) const {
     const LinearDecodeSm90Config& c = a.cfg;
     const std::uint32_t to =
         linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes + c.x_offset);
     const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;
-    if (a.x_whole) {
+    if (a.whole) {
       tma_load_3d(to, &a.x, full, 0, 0, at.k / kLinearBox);
       return;
     }
@@ -148,16 +127,7 @@ struct LinearLoader {
       if (a.early == Early::kIntoL2) prefetch(at);
       if (a.early == Early::kIntoShared) load_weight(at, i);
     }
-    Place far = at;  // what is asked for into L2 next
-    int far_left = a.early == Early::kNothing ? 0 : all - ahead;
-    const auto prefetch_far = [&] {
-      if (far_left <= 0) return;
-      prefetch(far);
-      advance(far), --far_left;
-    };
-    for (int i = 0; i < a.cfg.ahead; ++i) prefetch_far();
-    if (!a.cfg.keeps_ahead) far_left = 0;
-    if (a.starts_next_first) grid_launch_dependents();
+    if (a.cfg.starts_next_first) grid_launch_dependents();
     grid_dependency_wait();
     fence_async_proxy_global();
     at = first();
@@ -170,91 +140,10 @@ struct LinearLoader {
       mbarrier_wait(linear_shared_at(LinearSmem::kEmpty) + 8 * r.slot, r.phase);
       load_weight(at, r.slot);
       load_x(at, r.slot);
-      prefetch_far();
       r.advance(a.cfg.stages);
     }
     // Their first loads then follow on the last ones of this kernel.
-    if (!a.starts_next_first) grid_launch_dependents();
-  }
-};
-
-// ---- the sums of squares of x: three warps, a stage each in turn
-
-template <typename T, int kTokens>
-struct LinearSquares {
-  static constexpr int kWarps = 3, kPasses = kTokens / 4;  // a warp reads 4 rows at once
-
-  const LinearArgs& a;
-  const LinearWork& work;
-  const int lane = threadIdx.x % 32, unit = lane % 8, row = lane / 8;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - 1;
-
-  // Rows that there are not, and what lies beyond K, are zeros.
-  __device__ __forceinline__ void walk() const {
-    const LinearDecodeSm90Config& c = a.cfg;
-    const int rows = static_cast<int>(a.p.rows);
-    float squares[kPasses] = {};
-    LinearRing r;
-    int turn = 0;
-    for (int u = 0; u < work.units; ++u) {
-      for (int s = 0; s < work.steps; ++s) {
-        if (turn == warp) {
-          mbarrier_wait(linear_shared_at(LinearSmem::kFull) + 8 * r.slot, r.phase);
-          const char* const x = linear_shared + LinearSmem::kRing + r.slot * c.stage_bytes +
-                                c.x_offset + row * 128 + unit * 16;
-          if (u == 0)
-            for (int b = 0; b < c.boxes; ++b) add(x + b * c.x_box, rows, squares);
-          linear_arrive_warp(linear_shared_at(LinearSmem::kEmpty) + 8 * r.slot);
-        }
-        if (++turn == kWarps) turn = 0;
-        r.advance(c.stages);
-      }
-      if (u == 0) share(squares);
-    }
-  }
-
- private:
-  static __device__ __forceinline__ void add(const char* x, int rows, float (&squares)[kPasses]) {
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      if (4 * i >= rows) break;
-      const uint4 v = *reinterpret_cast<const uint4*>(x + i * 4 * 128);
-      const float2 v0 = unpack<T>(v.x), v1 = unpack<T>(v.y), v2 = unpack<T>(v.z);
-      const float2 v3 = unpack<T>(v.w);
-      const float even = fmaf(v0.x, v0.x, fmaf(v1.x, v1.x, fmaf(v2.x, v2.x, v3.x * v3.x)));
-      const float odd = fmaf(v0.y, v0.y, fmaf(v1.y, v1.y, fmaf(v2.y, v2.y, v3.y * v3.y)));
-      squares[i] += even + odd;
-    }
-  }
-  // Sums over this CTA's part of K, for both CTAs of the cluster.
-  __device__ __forceinline__ void share(const float (&squares)[kPasses]) const {
-    float* const parts = reinterpret_cast<float*>(linear_shared + LinearSmem::kParts);
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      float sum = squares[i];
-#pragma unroll
-      for (int other = 4; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
-      if (unit == 0) parts[warp * kTokens + 4 * i + row] = sum;
-    }
-    named_barrier(2, 32 * kWarps);
-    const std::uint32_t to = linear_shared_at(LinearSmem::kSquares) + work.rank * kTokens * 4;
-    const std::uint32_t bar = linear_shared_at(LinearSmem::kSquaresFull);
-    for (int at = 32 * warp + lane; at < kTokens; at += 32 * kWarps) {
-      const float sum = parts[at] + parts[kTokens + at] + parts[2 * kTokens + at];
-      if (a.cfg.cluster == 2) {
-        for (unsigned rank = 0; rank < 2; ++rank)
-          cluster_store(cluster_addr(to, rank) + at * 4, sum);
-      } else {
-        *reinterpret_cast<float*>(linear_shared + LinearSmem::kSquares + at * 4) = sum;
-      }
-    }
-    __syncwarp();
-    if (lane != 0) return;
-    if (a.cfg.cluster == 2) {
-      for (unsigned rank = 0; rank < 2; ++rank) mbarrier_arrive_cluster(cluster_addr(bar, rank));
-    } else {
-      mbarrier_arrive(bar);
-    }
+    if (!a.cfg.starts_next_first) grid_launch_dependents();
   }
 };
 

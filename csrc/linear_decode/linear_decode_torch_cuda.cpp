@@ -28,9 +28,15 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
   // Checks everything first: a message from below would not survive the dispatcher.
   const Tensor y =
       linear_decode_torch(x, weight, norm_weight, bias, residual, activation, norm_eps,
-                          [&](const LinearDecodeParams& p, const Tensor&, const Tensor&) {
+                          [&](LinearDecodeParams p, const Tensor& in, const Tensor&) {
                             is_taken = p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows;
-                            return is_taken ? linear_decode_cuda(p, scope.stream()) : Status{};
+                            if (!is_taken) return Status{};
+                            Tensor h = in;
+                            if (linear_decode_cuda_needs_h(p)) {
+                              h = torch::stable::new_empty(in, {p.rows, p.K});
+                              p.h = h.data_ptr();
+                            }
+                            return linear_decode_cuda(p, scope.stream());
                           });
   if (is_taken) return y;
   return composite(x, weight, norm_weight, bias, residual, activation, norm_eps);

@@ -126,18 +126,28 @@ void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s
   EXPECT_HERE(std::int64_t{c.steps} * c.boxes * 64 >= s.K &&
               std::int64_t{c.steps - 1} * c.boxes * 64 < s.K);
   EXPECT_HERE(zebra::linear_ring_turns(c) && c.stages <= zebra::kLinearMostStages);
-  const int most = zebra::linear_fills_sm(c.tokens, c.row_tiles) ? zebra::kLinearWholeSmemBytes
-                                                                 : zebra::kLinearHalfSmemBytes;
-  EXPECT_HERE(c.smem_bytes <= most);
+  EXPECT_HERE(c.smem_bytes <= zebra::kLinearWholeSmemBytes);
+  EXPECT_HERE(c.tokens <= 64 || !c.starts_next_first ||
+              c.smem_bytes * zebra::linear_ctas_of_sm(c.tokens) <= 232448);
+  EXPECT_HERE(c.box_rows % 8 == 0 && c.box_rows >= c.unit && c.box_rows < c.unit + 8);
+  EXPECT_HERE(c.weight_box == (s.swiglu ? 2 : 1) * c.box_rows * 128);
   EXPECT_HERE(c.weight_box % 1024 == 0 && c.second_offset % 1024 == 0 && c.x_box % 1024 == 0 &&
               c.stage_bytes % 1024 == 0 && c.staging_offset % 1024 == 0);
-  EXPECT_HERE(c.gain_offset % 16 == 0 && c.gain_bytes % 16 == 0 &&
-              c.gain_offset + c.stages * c.gain_bytes <= c.smem_bytes);
+  // A product reads 64 rows of every box, both warpgroups have one in every stage, and all boxes of
+  // a stage are theirs.
   const int last_box = c.staging_offset - c.stage_bytes + (c.boxes - 1) * c.weight_box;
   EXPECT_HERE(last_box + (c.row_tiles - 1) * c.second_offset + 8192 <= c.smem_bytes);
-  const int held = c.gain_offset - c.staging_offset;
-  EXPECT_HERE(held >=
-              zebra::linear_staged_tokens(c.tokens) * zebra::linear_staging_pitch(c.row_tiles) * 4);
+  const int groups = c.boxes / c.slices / (c.row_tiles == 1 ? 2 : 1);
+  EXPECT_HERE(groups == 1 || groups == 2 || groups == 4);
+  const int parts = c.row_tiles == 1 && c.cluster == 1 ? 2 : 1;
+  const int merged = c.row_tiles == 1 && c.cluster == 2 ? c.tokens * 256 : 0;
+  const bool in_ring = c.merge_offset < c.staging_offset;
+  EXPECT_HERE(merged == 0 ? in_ring
+              : in_ring   ? c.units == 1 && c.merge_offset + merged <= c.staging_offset
+                          : c.merge_offset + merged <= c.smem_bytes);
+  const int held = (in_ring ? c.smem_bytes : c.merge_offset) - c.staging_offset;
+  EXPECT_HERE(held >= parts * zebra::linear_staged_tokens(c.tokens, c.row_tiles) *
+                          zebra::linear_staging_pitch(c.row_tiles) * 4);
   EXPECT_HERE(c.cluster == 1 || held >= c.tokens / 2 * 64 * c.row_tiles * 4);
   // How sums are split must not depend on the GPU.
   const zebra::LinearDecodeSm90Config other = zebra::select_linear_decode_sm90_config(s, 78);
@@ -156,13 +166,11 @@ void linear_decode_tiles_fit() {
       for (const std::int64_t K : {1, 64, 72, 1000, 2048, 4096, 14336})
         for (std::int64_t N = 1; N < 300000; N += N < 300 ? 1 : N / 7)
           for (const bool swiglu : {false, true})
-            for (const int norm_bytes : {0, 2, 4})
-              linear_decode_units_cover_the_outputs(
-                  {rows, N, K, swiglu, norm_bytes > 0, norm_bytes}, sms);
+            linear_decode_units_cover_the_outputs({rows, N, K, swiglu}, sms);
   // The shapes of decoding on an H200: the share of the busiest multiprocessor is near the mean.
   for (const std::int64_t N : {2048, 2208, 3264, 4096, 4320, 10272, 14336, 128256}) {
     const zebra::LinearDecodeSm90Config c =
-        zebra::select_linear_decode_sm90_config({8, N, 4096, false, false, 2}, 132);
+        zebra::select_linear_decode_sm90_config({8, N, 4096, false}, 132);
     EXPECT(132.0 * c.units * c.unit < 1.05 * static_cast<double>(N), "N %ld", static_cast<long>(N));
   }
   for (const std::int64_t rows : {1, 8, 9, 16, 17, 128}) {
