@@ -43,8 +43,8 @@ struct LinearDecodeSm90Config {
   int tokens;     // columns of the product: rows of x, padded to 8, 16, 32, 64 or 128
   int row_tiles;  // products of 64 rows that a unit needs: of 2, each is one warpgroup's; of 1,
                   // both warpgroups take every other `slices` boxes along K
-  int cluster;  // CTAs that share the rows of a unit
-  int slices;   // boxes along K that one product takes together
+  int cluster;    // CTAs that share the rows of a unit
+  int slices;     // boxes along K that one product takes together
   int unit;
   int units;                // of a cluster
   int clusters;             // in all
@@ -137,12 +137,12 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   c.weight_box = (s.swiglu ? 2 : 1) * c.box_rows * 2 * kLinearBox;
   c.x_box = c.tokens * 2 * kLinearBox;
 
-  // Half a multiprocessor, where the next launch's ring fills beside this one's, if x is small
-  // beside the weight or if all that a CTA reads is no more than a multiprocessor holds.
+  // A whole multiprocessor: long runs of W in flight are worth more than a second ring beside this
+  // one, but where all that a CTA reads is no more than a multiprocessor holds; there half of it,
+  // and the next launch's ring fills in the other half.
   const std::int64_t bytes =
       (c.weight_box + c.x_box) * ceil_div<std::int64_t>(s.K, kLinearBox) / c.cluster * c.units;
-  const bool small = c.tokens <= 16 && c.row_tiles == 1;
-  const bool half = c.tokens <= 64 && (small || bytes <= kLinearWholeSmemBytes);
+  const bool half = c.tokens <= 64 && bytes <= kLinearWholeSmemBytes;
   const int most_bytes = tuning.smem_bytes != 0 ? tuning.smem_bytes
                          : half                 ? kLinearHalfSmemBytes
                                                 : kLinearWholeSmemBytes;
