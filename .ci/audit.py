@@ -21,6 +21,7 @@ FAST_PATH = {
     "sm_90": {
         "rms_norm_fwd_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "rms_norm_bwd_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
+        "linear_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
         "mla_attention_keys_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "mla_attention_key_gradients_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "mla_project_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
@@ -30,6 +31,12 @@ FAST_PATH = {
     },
     "sm_90a": {
         "mla_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"UTMALDG\.3D"),
+        "linear_decode_sm90_kernel": (
+            r"HGMMA\.64x16x16\.F32",
+            r"UTMALDG\.4D",
+            r"ACQBULK",
+            r"PREEXIT",
+        ),
         "ssd_scan_forward_kernel": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.5D", r"UTMASTG\.5D"),
         "ssd_scan_states_kernel": (r"HGMMA\.64x128x16\.F32", r"UTMALDG\.5D"),
     },

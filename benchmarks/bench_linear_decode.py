@@ -1,6 +1,14 @@
-"""linear_decode, RMSNorm fused into a linear layer of few rows, against eager PyTorch."""
+"""linear_decode against eager PyTorch: on a GPU every projection of decoding, in chains.
+
+A GPU case is a chain of calls in one CUDA graph, as decoding runs them, each with a weight of its
+own, so that weights come from memory; times are those of the chain.  "plain" is the product alone,
+and the peer there is F.linear (cuBLAS); "fused" is what the model asks for: the norm before it, the
+activation or the residual after it.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,53 +18,118 @@ from torch import Tensor
 from zebra import ops
 from zebra.ops import reference
 
+CHAIN_BYTES = 3 << 29  # of weights in a chain, and at least two of them
 
-def make(rows: int, N: int, K: int, activation: str, dtype: torch.dtype, device: str) -> Inputs:
-    outputs = 2 * N if activation == "swiglu" else N
-    return {
-        "x": torch.randn(rows, K, dtype=dtype, device=device),
-        "weight": (torch.randn(outputs, K, device=device) / K**0.5).to(dtype),
-        "norm_weight": torch.ones(K, dtype=dtype, device=device),
-        "activation": activation,
+
+class Projection(NamedTuple):
+    """A weight [N, K] ([2 N, K] for "swiglu") and what surrounds it."""
+
+    name: str
+    N: int
+    K: int
+    norm: bool = False
+    residual: bool = False
+    activation: str = "none"
+
+    @property
+    def weights(self) -> int:
+        return (2 * self.N if self.activation == "swiglu" else self.N) * self.K
+
+
+def projections(size: str) -> list[Projection]:
+    """The projections of a decoding step of the models of this size."""
+    hidden, inner, heads, head_dim, latent = {
+        "1b": (2048, 8192, 32, 64, 160),
+        "3b": (3072, 8192, 24, 128, 192),
+        "8b": (4096, 14336, 32, 128, 224),
+    }[size]
+    kv = 8 * head_dim
+    return [
+        Projection(f"{size} in_proj", 2 * hidden + 2 * kv + heads, hidden, norm=True),
+        Projection(f"{size} out_proj, o_proj", hidden, hidden, residual=True),
+        Projection(f"{size} q and kv_a", hidden + latent, hidden, norm=True),
+        Projection(f"{size} gate, up", inner, hidden, norm=True, activation="swiglu"),
+        Projection(f"{size} down", hidden, inner, residual=True),
+        Projection(f"{size} lm_head", 128256, hidden, norm=True),
+    ]
+
+
+def make(p: Projection, rows: int, links: int, dtype: torch.dtype, device: str) -> Inputs:
+    shape = (links, p.weights // p.K, p.K)
+    optional = {
+        "norm_weight": torch.ones(p.K, dtype=dtype, device=device) if p.norm else None,
+        "residual": torch.randn(rows, p.N, dtype=dtype, device=device) if p.residual else None,
     }
+    return {
+        "x": torch.randn(rows, p.K, dtype=dtype, device=device),
+        "weight": torch.randn(shape, dtype=dtype, device=device).mul_(p.K**-0.5),
+        "activation": p.activation,
+    } | {name: value for name, value in optional.items() if value is not None}
 
 
-def eager(x: Tensor, weight: Tensor, norm_weight: Tensor, activation: str) -> Tensor:
-    y = F.linear(F.rms_norm(x, (x.size(-1),), norm_weight, 1e-5), weight)
+def eager(
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    norm_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    if norm_weight is not None:
+        x = F.rms_norm(x, (x.size(-1),), norm_weight, 1e-5)
+    y = F.linear(x, weight)
     if activation == "swiglu":
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
-    return y
+    return y if residual is None else y + residual
+
+
+def links(i: Inputs) -> list[Inputs]:
+    return [i | {"weight": w} for w in i["weight"]]
+
+
+def case(p: Projection, rows: int, count: int, dtype: torch.dtype, form: str) -> Case:
+    """A chain of `count` calls; only the last result is kept."""
+
+    def truth(i: Inputs) -> list[Tensor]:
+        last = links(i)[-1]
+        wide: Inputs = {k: v.double() if isinstance(v, Tensor) else v for k, v in last.items()}
+        return [reference.linear_decode(**wide)]
+
+    def zebra(i: Inputs) -> list[Tensor]:
+        return [ops.linear_decode(**link) for link in links(i)][-1:]
+
+    def peer(i: Inputs) -> list[Tensor]:
+        return [eager(**link) for link in links(i)][-1:]
+
+    other = rows * (p.N * (2 if p.residual else 1) + p.K) + (p.K if p.norm else 0)
+    return Case(
+        op="linear_decode",
+        shape={"projection": p.name, "form": form, "rows": rows, "N": p.N, "K": p.K}
+        | ({"activation": p.activation} if p.activation != "none" else {}),
+        dtype=dtype,
+        bytes=count * (p.weights + other) * dtype.itemsize,
+        flops=count * 2 * rows * p.weights,
+        make=lambda device: make(p, rows, count, dtype, device),
+        impls={"zebra": zebra, f"eager torch {torch.__version__}": peer},
+        truth=truth,
+        max_error=2e-2 if dtype == torch.bfloat16 else 1e-5,
+        extra={"chain": count},
+    )
 
 
 def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        some = [Projection("square", D, D, norm=True) for D in (2048, 4096)]
+        dtypes = (torch.bfloat16, torch.float32)
+        return [case(p, m, 1, d, "fused") for p in some for m in (1, 4, 8, 32, 128) for d in dtypes]
     out = []
-    shapes = [(2048, 2048, "none"), (4096, 4096, "none"), (14336, 4096, "swiglu")]
-    for N, K, activation in shapes if device == "cuda" else shapes[:2]:
-        for rows in (1, 4, 8, 32, 128):
-            for dtype in (torch.bfloat16, torch.float32):
-                weights = (2 * N if activation == "swiglu" else N) * K
-
-                def truth(i: Inputs) -> list[Tensor]:
-                    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in i.items()}
-                    return [reference.linear_decode(**wide)]
-
-                out.append(
-                    Case(
-                        op="linear_decode",
-                        shape={"rows": rows, "N": N, "K": K, "activation": activation},
-                        dtype=dtype,
-                        bytes=(weights + K + rows * (N + K)) * dtype.itemsize,
-                        flops=2 * rows * weights,
-                        make=lambda d, a=(rows, N, K, activation, dtype): make(*a, d),
-                        impls={
-                            "zebra": lambda i: [ops.linear_decode(**i)],
-                            f"eager torch {torch.__version__}": lambda i: [eager(**i)],
-                        },
-                        truth=truth,
-                        max_error=2e-2 if dtype == torch.bfloat16 else 1e-5,
-                    )
-                )
+    for size in ("1b", "3b", "8b"):
+        for p in projections(size):
+            count = max(2, min(48, CHAIN_BYTES // (2 * p.weights)))
+            plain = Projection(p.name, p.weights // p.K, p.K)
+            for rows in (1, 16, 64, 128):
+                out.append(case(plain, rows, count, torch.bfloat16, "plain"))
+                out.append(case(p, rows, count, torch.bfloat16, "fused"))
     return out
 
 

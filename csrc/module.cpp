@@ -6,6 +6,8 @@
 #include <string>
 
 #include "causal_conv1d/causal_conv1d_config.h"
+#include "linear_decode/linear_decode_config.h"
+#include "linear_decode/linear_decode_sm90_config.h"
 #include "mla_decode/mla_decode_config.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_config.h"
@@ -42,6 +44,28 @@ py::dict causal_conv1d_config(std::int64_t batch, std::int64_t tokens, std::int6
                   py::arg("channel_blocks") = c.channel_blocks, py::arg("tile") = c.tile,
                   py::arg("tiles") = c.tiles, py::arg("items") = c.items,
                   py::arg("partials") = c.partials);
+}
+
+py::dict linear_decode_config(std::int64_t rows, std::int64_t outputs, bool swiglu) {
+  const zebra::LinearDecodeConfig c = zebra::select_linear_decode_config(rows, outputs, swiglu);
+  return py::dict(py::arg("threads") = c.threads, py::arg("tokens") = c.tokens,
+                  py::arg("stages") = c.stages, py::arg("smem_bytes") = c.smem_bytes,
+                  py::arg("ctas_outputs") = c.ctas_outputs, py::arg("ctas_tokens") = c.ctas_tokens);
+}
+
+py::dict linear_decode_sm90_config(std::int64_t rows, std::int64_t outputs, std::int64_t K,
+                                   bool swiglu, int sms) {
+  if (rows < 1 || rows > zebra::kLinearMostTokens || outputs < 1 || K < 1)
+    throw py::value_error("zebra: linear_decode has CUDA tiles for 1 to 128 rows");
+  const zebra::LinearDecodeSm90Config c =
+      zebra::select_linear_decode_sm90_config({rows, outputs, K, swiglu}, sms);
+  return py::dict(py::arg("tokens") = c.tokens, py::arg("row_tiles") = c.row_tiles,
+                  py::arg("cluster") = c.cluster, py::arg("slices") = c.slices,
+                  py::arg("unit") = c.unit, py::arg("units") = c.units,
+                  py::arg("clusters") = c.clusters, py::arg("box_rows") = c.box_rows,
+                  py::arg("boxes") = c.boxes, py::arg("steps") = c.steps,
+                  py::arg("starts_next_first") = c.starts_next_first, py::arg("stages") = c.stages,
+                  py::arg("stage_bytes") = c.stage_bytes, py::arg("smem_bytes") = c.smem_bytes);
 }
 
 py::dict ssd_scan_config(std::int64_t sequences, std::int64_t heads, int head_dim, int state_dim) {
@@ -116,6 +140,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rank"), py::arg("rope"), py::arg("max_tokens"), py::arg("split_size") = 0,
         py::arg("sms") = 132, py::arg("smem_limit") = zebra::kMlaSm90SmemBytes,
         py::arg("tma") = false);
+  m.def("_linear_decode_config", &linear_decode_config, py::arg("rows"), py::arg("outputs"),
+        py::arg("swiglu") = false);
+  m.def("_linear_decode_sm90_config", &linear_decode_sm90_config, py::arg("rows"),
+        py::arg("outputs"), py::arg("K"), py::arg("swiglu") = false, py::arg("sms") = 132);
   m.def("_ssd_scan_config", &ssd_scan_config, py::arg("sequences"), py::arg("heads"),
         py::arg("head_dim"), py::arg("state_dim"));
   m.def("_ssd_scan_sm90_config", &ssd_scan_sm90_config, py::arg("batch"), py::arg("tokens"),

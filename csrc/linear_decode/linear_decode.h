@@ -6,6 +6,9 @@
 
 #include "common/cpu/isa.h"
 #include "common/dtype.h"
+#include "common/status.h"
+
+struct CUstream_st;
 
 namespace zebra {
 
@@ -22,6 +25,7 @@ struct LinearDecodeParams {
   bool swiglu;  // y = silu(gate) up: the first and the last `outputs` rows of W and of b
   double norm_eps;
   bool use_amx = false;  // CPU: multiply in bf16 on the matrix unit
+  void* h = nullptr;     // CUDA: workspace [rows, K] where linear_decode_cuda_needs_h()
 };
 
 // The two ends of the same operator around a matrix product that is done elsewhere: norm(x) into
@@ -31,6 +35,15 @@ struct LinearDecodeEnds {
   void* h;
   const void* products;
 };
+
+// On CUDA: 16-bit dtypes and at most kLinearCudaRows rows.
+constexpr std::int64_t kLinearCudaRows = 128;
+Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream);
+bool linear_decode_cuda_needs_h(const LinearDecodeParams& p);  // norm(x) goes through memory
+Status linear_decode_portable(const LinearDecodeParams& p, CUstream_st* stream);  // sm_80 and later
+// The Hopper kernel moves x, W and norm_weight in units of 16 bytes.
+bool linear_decode_sm90_takes(const LinearDecodeParams& p);
+Status linear_decode_sm90(const LinearDecodeParams& p, CUstream_st* stream);
 
 }  // namespace zebra
 

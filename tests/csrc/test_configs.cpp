@@ -3,6 +3,8 @@
 #include <initializer_list>
 
 #include "common/token_tile.h"
+#include "linear_decode/linear_decode_config.h"
+#include "linear_decode/linear_decode_sm90_config.h"
 #include "mla_decode/mla_decode_config.h"
 #include "rms_norm/rms_norm.h"
 #include "rms_norm/rms_norm_config.h"
@@ -144,11 +146,82 @@ void mla_decode_tiles_fit() {
   static_assert(c.groups == 2 && c.streams == 4 && c.slots == 3 && c.passes == 1, "8B");
 }
 
+// Every output belongs to one unit, every step along K to one CTA, and no product reads past the
+// shared memory of its CTA.
+void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s, int sms) {
+  const zebra::LinearDecodeSm90Config c = zebra::select_linear_decode_sm90_config(s, sms);
+  const auto N = static_cast<long>(s.outputs), K = static_cast<long>(s.K);
+  const auto rows = static_cast<long>(s.rows);
+#define EXPECT_HERE(condition) EXPECT(condition, "%ld rows, N %ld, K %ld, %d SMs", rows, N, K, sms)
+  EXPECT_HERE(c.tokens >= s.rows && (c.tokens == 8 || c.tokens < 2 * s.rows));
+  EXPECT_HERE(c.unit >= 8 && c.unit <= (s.swiglu ? 64 : 128) && c.unit <= 64 * c.row_tiles);
+  const std::int64_t covered = std::int64_t{c.clusters} * c.units * c.unit;
+  EXPECT_HERE(covered >= s.outputs && covered - std::int64_t{c.units} * c.unit < s.outputs);
+  EXPECT_HERE(c.clusters * c.cluster <= (sms < c.cluster ? c.cluster : sms));
+  EXPECT_HERE(std::int64_t{c.steps} * c.boxes * 64 >= s.K &&
+              std::int64_t{c.steps - 1} * c.boxes * 64 < s.K);
+  EXPECT_HERE(zebra::linear_ring_turns(c) && c.stages <= zebra::kLinearMostStages);
+  EXPECT_HERE(c.smem_bytes <= zebra::kLinearWholeSmemBytes);
+  EXPECT_HERE(c.tokens <= 64 || !c.starts_next_first ||
+              c.smem_bytes * zebra::linear_ctas_of_sm(c.tokens) <= 232448);
+  EXPECT_HERE(c.box_rows % 8 == 0 && c.box_rows >= c.unit && c.box_rows < c.unit + 8);
+  EXPECT_HERE(c.weight_box == (s.swiglu ? 2 : 1) * c.box_rows * 128);
+  EXPECT_HERE(c.weight_box % 1024 == 0 && c.second_offset % 1024 == 0 && c.x_box % 1024 == 0 &&
+              c.stage_bytes % 1024 == 0 && c.staging_offset % 1024 == 0);
+  // A product reads 64 rows of every box, both warpgroups have one in every stage, and all boxes of
+  // a stage are theirs.
+  const int last_box = c.staging_offset - c.stage_bytes + (c.boxes - 1) * c.weight_box;
+  EXPECT_HERE(last_box + (c.row_tiles - 1) * c.second_offset + 8192 <= c.smem_bytes);
+  const int groups = c.boxes / c.slices / (c.row_tiles == 1 ? 2 : 1);
+  EXPECT_HERE(groups == 1 || groups == 2 || groups == 4);
+  const int parts = c.row_tiles == 1 && c.cluster == 1 ? 2 : 1;
+  const int merged = c.row_tiles == 1 && c.cluster == 2 ? c.tokens * 256 : 0;
+  const bool in_ring = c.merge_offset < c.staging_offset;
+  EXPECT_HERE(merged == 0 ? in_ring
+              : in_ring   ? c.units == 1 && c.merge_offset + merged <= c.staging_offset
+                          : c.merge_offset + merged <= c.smem_bytes);
+  const int held = (in_ring ? c.smem_bytes : c.merge_offset) - c.staging_offset;
+  EXPECT_HERE(held >= parts * zebra::linear_staged_tokens(c.tokens, c.row_tiles) *
+                          zebra::linear_staging_pitch(c.row_tiles) * 4);
+  EXPECT_HERE(c.cluster == 1 || held >= c.tokens / 2 * 64 * c.row_tiles * 4);
+  // How sums are split must not depend on the GPU.
+  const zebra::LinearDecodeSm90Config other = zebra::select_linear_decode_sm90_config(s, 78);
+  EXPECT_HERE(c.cluster == other.cluster && c.slices == other.slices);
+  EXPECT_HERE(c.boxes % c.slices == 0 && (c.slices == 1 || c.slices * c.weight_box <= 8192));
+  // Enough of the weight on its way, where there is that much.
+  const int wanted = c.stages * c.boxes * c.unit * 128 * (s.swiglu ? 2 : 1);
+  const bool all = c.stages >= (c.steps / c.cluster) * c.units;
+  EXPECT_HERE(sms != 132 || all || s.outputs < 2048 || wanted >= 24 * 1024);
+#undef EXPECT_HERE
+}
+
+void linear_decode_tiles_fit() {
+  for (const int sms : {1, 78, 114, 132, 144})
+    for (const std::int64_t rows : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128})
+      for (const std::int64_t K : {1, 64, 72, 1000, 2048, 4096, 14336})
+        for (std::int64_t N = 1; N < 300000; N += N < 300 ? 1 : N / 7)
+          for (const bool swiglu : {false, true})
+            linear_decode_units_cover_the_outputs({rows, N, K, swiglu}, sms);
+  // The shapes of decoding on an H200: the share of the busiest multiprocessor is near the mean.
+  for (const std::int64_t N : {2048, 2208, 3264, 4096, 4320, 10272, 14336, 128256}) {
+    const zebra::LinearDecodeSm90Config c =
+        zebra::select_linear_decode_sm90_config({8, N, 4096, false}, 132);
+    EXPECT(132.0 * c.units * c.unit < 1.05 * static_cast<double>(N), "N %ld", static_cast<long>(N));
+  }
+  for (const std::int64_t rows : {1, 8, 9, 16, 17, 128}) {
+    const zebra::LinearDecodeConfig c = zebra::select_linear_decode_config(rows, 1000, true);
+    EXPECT(c.tokens * c.ctas_tokens >= rows && c.ctas_outputs * zebra::kLinearTileRows >= 1000 &&
+               c.smem_bytes <= 99 * 1024,
+           "%ld rows", static_cast<long>(rows));
+  }
+}
+
 }  // namespace
 
 int main() {
   token_tiles_cover_a_token();
   mla_decode_tiles_fit();
+  linear_decode_tiles_fit();
   rms_norm_tiles_cover_a_row();
   ssd_scan_tiles_fit();
   std::printf(failures == 0 ? "configs: all promises hold\n" : "configs: %d failures\n", failures);

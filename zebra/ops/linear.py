@@ -51,8 +51,13 @@ def linear_decode(
         On the CPU up to 4 rows of bfloat16, 8 of float16 or 16 of other dtypes, everything is in
         fp32 (fp64 for fp64) with one rounding of y, and a row of y does not depend on the other
         rows.  Up to 64 rows of bfloat16 on the matrix unit of a CPU (AMX), h is rounded to bfloat16
-        and the products are not.  With more rows, and on CUDA, the matrix product is ATen's: h and
-        the products are rounded to x's dtype.  Deterministic.
+        and the products are not.  On CUDA, up to 128 rows of bfloat16 or float16, h is rounded to
+        x's dtype on Hopper; below, norm_weight times x is (float16: it may not overflow) and the
+        root mean square divides the sums.  Sums are fp32 and y is rounded once.  Elsewhere the
+        matrix product is ATen's: h and the products are rounded to x's dtype.  Deterministic.
+
+    In a CUDA graph the kernel reads its weight ahead of the kernels launched before it, so nothing
+    in the graph may write the weight; outside of graphs any order is safe.
     """
     with torch.no_grad():
         return torch.ops.zebra.linear_decode(
@@ -106,7 +111,7 @@ def _check(
         check.contiguous("bias", bias)
 
 
-@composite("linear_decode")
+@composite("linear_decode", beside_kernel="_linear_decode_composite")
 def _linear_decode_composite(
     x: Tensor,
     weight: Tensor,

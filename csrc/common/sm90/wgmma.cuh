@@ -72,60 +72,71 @@ __device__ __forceinline__ void wgmma_wait(float (&... accumulators)[kSizes]) {
 // B is K-major (0) or MN-major (1) in shared memory.
 enum class Major { kK = 0, kMN = 1 };
 
-// D += A B (D = A B where `accumulate` is false), A and B in shared memory, both K-major, N = 64.
-template <typename T>
-__device__ __forceinline__ void wgmma_ss(float (&d)[32], std::uint64_t a, std::uint64_t b,
-                                         bool accumulate) {
-#define ZEBRA_SS(TYPE)                                                           \
-  asm volatile(                                                                  \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                               \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" ZEBRA_P32 \
-      "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                         \
-      : ZEBRA_D32(d, 0)                                                          \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    ZEBRA_SS("bf16");
-  else
-    ZEBRA_SS("f16");
+// D += A B (D = A B where `accumulate` is false), A and B in shared memory, both K-major; N = 8,
+// 16, 32, 64 or 128 by the size of d, N / 2.
+#define ZEBRA_SS(SIZE, N, OUTPUTS, NAMES, A, B, P)                                             \
+  template <typename T>                                                                        \
+  __device__ __forceinline__ void wgmma_ss(float (&d)[SIZE], std::uint64_t a, std::uint64_t b, \
+                                           bool accumulate) {                                  \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)                                            \
+      ZEBRA_SS_OF("bf16", N, OUTPUTS, NAMES, A, B, P);                                         \
+    else                                                                                       \
+      ZEBRA_SS_OF("f16", N, OUTPUTS, NAMES, A, B, P);                                          \
+  }
+#define ZEBRA_SS_OF(TYPE, N, OUTPUTS, NAMES, A, B, P)                                            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                             \
+               ", 0;\n"                                                                          \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" NAMES "}, " A \
+               ", " B ", p, 1, 1, 0, 0;\n}\n"                                                    \
+               : OUTPUTS(d)                                                                      \
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+#define ZEBRA_D4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define ZEBRA_D8A(d) ZEBRA_D8(d, 0)
+#define ZEBRA_D32A(d) ZEBRA_D32(d, 0)
+#define ZEBRA_D16(d) ZEBRA_D8(d, 0), ZEBRA_D8(d, 8)
+#define ZEBRA_D64(d) ZEBRA_D32(d, 0), ZEBRA_D32(d, 32)
+#define ZEBRA_P8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define ZEBRA_P16 ZEBRA_P8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+ZEBRA_SS(4, "8", ZEBRA_D4, "%0, %1, %2, %3", "%4", "%5", "%6")
+ZEBRA_SS(8, "16", ZEBRA_D8A, ZEBRA_P8, "%8", "%9", "%10")
+ZEBRA_SS(16, "32", ZEBRA_D16, ZEBRA_P16, "%16", "%17", "%18")
+ZEBRA_SS(32, "64", ZEBRA_D32A, ZEBRA_P32, "%32", "%33", "%34")
+ZEBRA_SS(64, "128", ZEBRA_D64, ZEBRA_P64, "%64", "%65", "%66")
 #undef ZEBRA_SS
-}
+#undef ZEBRA_SS_OF
 
-// D += A B, A in registers, B in shared memory; N = 64 or 128 by the size of d.
-template <typename T, Major kMajor>
-__device__ __forceinline__ void wgmma_rs(float (&d)[32], const std::uint32_t (&a)[4],
-                                         std::uint64_t b, bool accumulate = true) {
-#define ZEBRA_RS(TYPE)                                                                         \
-  asm volatile(                                                                                \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                             \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" ZEBRA_P32               \
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"                                       \
-      : ZEBRA_D32(d, 0)                                                                        \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
-        "n"(static_cast<int>(kMajor)))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    ZEBRA_RS("bf16");
-  else
-    ZEBRA_RS("f16");
+// D += A B, A in registers, B in shared memory; N = 8, 16, 32, 64 or 128 by the size of d, N / 2.
+#define ZEBRA_RS(SIZE, N, OUTPUTS, NAMES, A0, A1, A2, A3, B, P, MAJOR)                    \
+  template <typename T, Major kMajor>                                                     \
+  __device__ __forceinline__ void wgmma_rs(float (&d)[SIZE], const std::uint32_t (&a)[4], \
+                                           std::uint64_t b, bool accumulate = true) {     \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)                                       \
+      ZEBRA_RS_OF("bf16", N, OUTPUTS, NAMES, A0, A1, A2, A3, B, P, MAJOR);                \
+    else                                                                                  \
+      ZEBRA_RS_OF("f16", N, OUTPUTS, NAMES, A0, A1, A2, A3, B, P, MAJOR);                 \
+  }
+#define ZEBRA_RS_OF(TYPE, N, OUTPUTS, NAMES, A0, A1, A2, A3, B, P, MAJOR)                          \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                               \
+               ", 0;\n"                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" NAMES "}, {" A0 \
+               ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, " MAJOR ";\n}\n"                        \
+               : OUTPUTS(d)                                                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                               \
+                 "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajor)))
+ZEBRA_RS(4, "8", ZEBRA_D4, "%0, %1, %2, %3", "%4", "%5", "%6", "%7", "%8", "%9", "%10")
+ZEBRA_RS(8, "16", ZEBRA_D8A, ZEBRA_P8, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
+ZEBRA_RS(16, "32", ZEBRA_D16, ZEBRA_P16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+ZEBRA_RS(32, "64", ZEBRA_D32A, ZEBRA_P32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+ZEBRA_RS(64, "128", ZEBRA_D64, ZEBRA_P64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 #undef ZEBRA_RS
-}
-template <typename T, Major kMajor>
-__device__ __forceinline__ void wgmma_rs(float (&d)[64], const std::uint32_t (&a)[4],
-                                         std::uint64_t b, bool accumulate = true) {
-#define ZEBRA_RS(TYPE)                                                                         \
-  asm volatile(                                                                                \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                             \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" ZEBRA_P64              \
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"                                       \
-      : ZEBRA_D32(d, 0), ZEBRA_D32(d, 32)                                                      \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
-        "n"(static_cast<int>(kMajor)))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    ZEBRA_RS("bf16");
-  else
-    ZEBRA_RS("f16");
-#undef ZEBRA_RS
-}
-
+#undef ZEBRA_RS_OF
+#undef ZEBRA_D4
+#undef ZEBRA_D8A
+#undef ZEBRA_D32A
+#undef ZEBRA_D16
+#undef ZEBRA_D64
+#undef ZEBRA_P8
+#undef ZEBRA_P16
 #undef ZEBRA_D8
 #undef ZEBRA_D32
 #undef ZEBRA_P32

@@ -1,0 +1,213 @@
+// linear_decode for Hopper (sm_90a): TMA, wgmma, programmatic dependent launch.
+//
+// Computes       y of linear_decode.h for 16-bit dtypes and at most 128 rows of x (tokens).
+// Idea           reading W is the cost, so W is the operand of 64 rows and x, padded to 8, 16, 32,
+//                64 or 128 tokens, the narrow one.  Every multiprocessor reads an even share of
+//                the rows of W, to the row: a copy brings as many rows as the share has, and a
+//                product of 64 rows ignores what lies behind them.  So sums need no other CTA, no
+//                workspace and no atomics, and one launch is enough.
+// Grid           clusters of 1 or 2 CTAs, at most one CTA a multiprocessor; a cluster computes
+//                `units` units of outputs in turn (linear_decode_sm90_config.h).  With 64 tokens
+//                and more, and few rows, two CTAs share rows and halve K, so that x is read from L2
+//                half as often; they exchange sums, each finishes half of the tokens.
+// Warps          load (one thread of a warpgroup) | product, 2 warpgroups: 64 rows each where a
+// unit
+//                has more than 64, else every other piece of K.  One warpgroup alone would decide:
+//                products of few tokens take as long to issue as HBM takes to bring their weight.
+// Slices         where a share has at most 16 or 32 rows, the 64 rows of a product are those of 4
+//                or 2 pieces of K: a quarter or half of the products, of which the diagonal is
+//                summed.
+// Norm           a launch before this one (linear_decode_sm90_norm.cuh).
+// Swiglu         the first warpgroup multiplies gate rows, the second the same outputs' up rows.
+// Shared memory  a ring of stages (W 12 KB or more, x), 1 KB of barriers, sums on their way out.
+//                Up to 16 tokens where 64 rows of W are a unit, and for small weights, 112 KB: CTAs
+//                of two launches fit side by side, and the next launch fills its ring while this
+//                one ends.  Else 225 KB.
+// Barriers       full (copies), empty of a stage; the peer's sums, twice.  Every warp that waits
+// for
+//                stages waits for each: a phase that is let pass looks like the one after the next.
+// Launch         with the programmatic attribute.  Under stream capture W is requested into shared
+//                memory before the preceding kernels have ended: in a graph they must not write it.
+//                Otherwise it is requested into L2, where any write to it is seen.  Dependents
+//                start as soon as W is requested, or when the last copy is issued.
+// Registers      at most 80 a thread up to 64 tokens, so that two CTAs fit; 127 with 128.
+// Alignment      rows of x and W, and norm_weight, to 16 bytes; other calls take the portable
+//                kernel (linear_decode_cuda.cu).
+// Bound          HBM: W once.  Through L2 x is read once a CTA (tokens / unit of W's bytes).
+// Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
+//                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 1.3 us more.
+// Measured       not yet.
+#include "linear_decode/linear_decode_sm90_launch.h"
+
+#include "common/cuda/launch.h"
+#include "common/sm90/tma.h"
+#include "linear_decode/linear_decode_sm90_norm.cuh"
+
+namespace zebra {
+namespace sm90 {
+namespace {
+
+int multiprocessors() {
+  int device = 0, sms = 132;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  return sms;
+}
+
+template <typename T, int kTokens, int kRowTiles, int kSlices>
+Status start(const LinearArgs& args, cudaStream_t stream) {
+  const auto kernel = linear_decode_sm90_kernel<T, kTokens, kRowTiles, kSlices>;
+  const LinearDecodeSm90Config& c = args.cfg;
+  // The largest carve-out always: launches of different carve-outs cannot share a multiprocessor.
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(c.cluster);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(c.clusters * c.cluster));
+  config.blockDim = dim3(kLinearThreads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(c.smem_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = c.cluster == 1 ? 1 : 2;
+  error = cudaLaunchKernelEx(&config, kernel, args);
+  return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
+}
+
+template <typename T, int kTokens>
+Status with_rows(const LinearArgs& args, cudaStream_t stream) {
+  if constexpr (2 * kTokens <= kLinearMostSlicedColumns)
+    if (args.cfg.slices == 2) return start<T, kTokens, 1, 2>(args, stream);
+  if constexpr (4 * kTokens <= kLinearMostSlicedColumns)
+    if (args.cfg.slices == 4) return start<T, kTokens, 1, 4>(args, stream);
+  return args.cfg.row_tiles == 1 ? start<T, kTokens, 1, 1>(args, stream)
+                                 : start<T, kTokens, 2, 1>(args, stream);
+}
+
+template <typename T>
+Status with_tokens(const LinearArgs& args, cudaStream_t stream) {
+  switch (args.cfg.tokens) {
+    case 8:
+      return with_rows<T, 8>(args, stream);
+    case 16:
+      return with_rows<T, 16>(args, stream);
+    case 32:
+      return with_rows<T, 32>(args, stream);
+    case 64:
+      return with_rows<T, 64>(args, stream);
+    default:
+      return with_rows<T, 128>(args, stream);
+  }
+}
+
+// The maps of the weight (boxes of all boxes' rows, of gate and of up rows with swiglu) and of x.
+Status encode_maps(LinearArgs& args) {
+  const LinearDecodeParams& p = args.p;
+  const LinearDecodeSm90Config& c = args.cfg;
+  const bool bf16 = p.dtype == DType::kBFloat16;
+  const auto pitch = [&](std::int64_t rows, std::int64_t stride) {
+    return static_cast<std::uint64_t>(rows > 1 ? stride : round_up<std::int64_t>(p.K, 8));
+  };
+  const std::uint32_t halves = p.swiglu ? 2 : 1;
+  const std::uint64_t step = pitch(p.outputs * halves, p.weight_stride);
+  const auto outputs = static_cast<std::uint64_t>(p.outputs);
+  const TmaDim single = {static_cast<std::uint64_t>(p.K), 1, kLinearBox};
+  const TmaDim along = {kLinearBox, 1, kLinearBox};
+  const TmaDim blocks = {static_cast<std::uint64_t>(p.K / kLinearBox), kLinearBox,
+                         static_cast<std::uint32_t>(c.boxes)};
+  const TmaDim rows = {outputs, step, static_cast<std::uint32_t>(c.box_rows)};
+  const TmaDim both = {halves, outputs * step, halves};
+  const TmaDim tokens = {static_cast<std::uint64_t>(p.rows), pitch(p.rows, p.x_stride),
+                         static_cast<std::uint32_t>(c.tokens)};
+  const Status s =
+      args.whole ? encode_tensor_map(&args.weight, bf16, p.weight, {along, rows, both, blocks})
+                 : encode_tensor_map(&args.weight, bf16, p.weight, {single, rows, both});
+  if (s.error != nullptr) return s;
+  return args.whole ? encode_tensor_map(&args.x, bf16, p.x, {along, tokens, blocks})
+                    : encode_tensor_map(&args.x, bf16, p.x, {single, tokens});
+}
+
+template <typename T, typename Gain>
+Status start_norm(const LinearDecodeParams& p, cudaStream_t stream) {
+  const auto kernel = linear_decode_norm_kernel<T, Gain>;
+  // The carve-out of the products: other ones cannot share a multiprocessor with them.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(p.rows));
+  config.blockDim = dim3(kLinearNormThreads);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  error = cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(p.x), p.x_stride,
+                             static_cast<const Gain*>(p.norm_weight), static_cast<T*>(p.h),
+                             static_cast<int>(p.K), static_cast<float>(p.norm_eps));
+  return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
+}
+
+template <typename T>
+Status with_norm(LinearArgs& args, cudaStream_t stream) {
+  LinearDecodeParams& p = args.p;
+  if (p.norm_weight != nullptr) {
+    if (p.h == nullptr) return {"linear_decode on Hopper needs a workspace for the norm"};
+    const Status s = p.norm_weight_dtype == DType::kFloat32 ? start_norm<T, float>(p, stream)
+                                                            : start_norm<T, T>(p, stream);
+    if (s.error != nullptr) return s;
+    p.x = p.h, p.x_stride = p.K, p.norm_weight = nullptr;
+  }
+  const Status s = encode_maps(args);
+  return s.error != nullptr ? s : with_tokens<T>(args, stream);
+}
+
+}  // namespace
+
+Status linear_decode_launch(const LinearDecodeParams& p, Early early,
+                            const LinearDecodeSm90Tuning& tuning, cudaStream_t stream) {
+  LinearArgs args = {};
+  args.p = p;
+  args.early = early;
+  args.cfg = select_linear_decode_sm90_config({p.rows, p.outputs, p.K, p.swiglu}, multiprocessors(),
+                                              tuning);
+  if (!linear_ring_turns(args.cfg)) return {"the ring does not fit in shared memory"};
+  args.whole = p.K % kLinearBox == 0;
+  return p.dtype == DType::kBFloat16 ? with_norm<__nv_bfloat16>(args, stream)
+                                     : with_norm<__half>(args, stream);
+}
+
+}  // namespace sm90
+
+bool linear_decode_sm90_takes(const LinearDecodeParams& p) {
+  const auto aligned = [](const void* data) {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+  };
+  const auto apart = [&](std::int64_t rows, std::int64_t stride) {
+    return rows == 1 || (stride % 8 == 0 && stride >= p.K);
+  };
+  constexpr std::int64_t kMost = std::int64_t{1} << 30;  // coordinates are 32-bit
+  return aligned(p.x) && aligned(p.weight) && apart(p.rows, p.x_stride) &&
+         apart(p.swiglu ? 2 : p.outputs, p.weight_stride) &&
+         (p.norm_weight == nullptr || (aligned(p.norm_weight) && p.K % 8 == 0)) && p.K < kMost &&
+         p.outputs < kMost;
+}
+
+Status linear_decode_sm90(const LinearDecodeParams& p, cudaStream_t stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(stream, &capture);
+  const bool captured = capture == cudaStreamCaptureStatusActive;
+  return sm90::linear_decode_launch(p, captured ? sm90::Early::kIntoShared : sm90::Early::kIntoL2,
+                                    {}, stream);
+}
+
+}  // namespace zebra

@@ -1,0 +1,175 @@
+// linear_decode on Hopper: how rows of the weight are dealt to CTAs and what a CTA holds.  Pure, so
+// that tests can print and check the choice.
+#pragma once
+
+#include <cstdint>
+
+#include "common/math.h"
+
+namespace zebra {
+
+constexpr int kLinearMostTokens = 128;  // rows of x
+constexpr int kLinearBox = 64;          // elements of K in a box: 128 bytes of a row
+constexpr int kLinearMostStages = 16;
+constexpr int kLinearHeaderBytes = 1024;  // barriers
+constexpr int kLinearThreads = 384;       // a warpgroup that loads, two that multiply
+
+// Shared memory of a CTA where two fit on a multiprocessor, and where one does (sm_90).  Both leave
+// 2 KB for the norm's CTA (linear_decode_sm90_norm.cuh).
+constexpr int kLinearHalfSmemBytes = 114688, kLinearWholeSmemBytes = 230400;
+
+// Below this many rows of the weight, and from 64 rows of x on, two CTAs share rows and halve K:
+// then x is read half as often.  A function of the shape alone, because it decides how sums are
+// split.
+constexpr std::int64_t kLinearSplitRows = 8448;
+
+// Few outputs make units of few rows, and the 64 rows of a product hold several slices of K of the
+// same rows: of 16 rows 4, of 32 rows 2, where outputs are at most so many.  Again by shape alone.
+constexpr std::int64_t kLinearFourSlices = 2112, kLinearTwoSlices = 4224;
+constexpr int kLinearMostSlicedColumns = 64;  // of a product: slices times tokens
+
+// Bytes of the weight in a stage, at least: every stage costs both ends of the ring a handshake and
+// a copy of x, whatever it brings.
+constexpr int kLinearStageWeightBytes = 12288;
+
+struct LinearDecodeSm90Shape {
+  std::int64_t rows, outputs, K;
+  bool swiglu;
+};
+
+// A unit is `unit` outputs; a cluster of 1 or 2 CTAs computes `units` of them one after another,
+// each of its CTAs over a part of K.  A step is `boxes` boxes along K: one stage of the ring.
+struct LinearDecodeSm90Config {
+  int tokens;     // columns of the product: rows of x, padded to 8, 16, 32, 64 or 128
+  int row_tiles;  // products of 64 rows that a unit needs: of 2, each is one warpgroup's; of 1,
+                  // both warpgroups take every other `slices` boxes along K
+  int cluster;    // CTAs that share the rows of a unit
+  int slices;     // boxes along K that one product takes together
+  int unit;
+  int units;                // of a cluster
+  int clusters;             // in all
+  int box_rows;             // rows of the weight in a box: `unit`, rounded up to 8
+  int boxes;                // of the weight in a stage
+  int steps;                // of a unit, over both CTAs of a cluster
+  int second_offset;        // bytes from the first 64 rows of a box, or the gate's, to the others
+  int weight_box, x_box;    // bytes in shared memory from one box to the next
+  int x_offset;             // in a stage
+  int stage_bytes, stages;  // of the ring
+  int staging_offset;       // fp32 sums on their way out, or to the other CTA
+  int merge_offset;         // sums of the second warpgroup, where two CTAs share a unit of one tile
+  int smem_bytes;
+  bool starts_next_first;  // the next launch may start before x is there
+};
+
+// Tokens whose sums lie in shared memory together on their way out, and the floats between them.
+constexpr int linear_staged_tokens(int tokens, int row_tiles) {
+  const int most = row_tiles == 1 && tokens <= 32 ? 16 : 32;  // sums of both warpgroups
+  return tokens < most ? tokens : most;
+}
+constexpr int linear_staging_pitch(int row_tiles) { return 64 * row_tiles + 4; }
+
+// What a caller may fix to measure with; 0, or -1: chosen here.
+struct LinearDecodeSm90Tuning {
+  int cluster = 0, boxes = 0, smem_bytes = 0, starts_next_first = -1;
+};
+
+// CTAs of a multiprocessor that registers are kept for.
+constexpr int linear_ctas_of_sm(int tokens) { return tokens > 64 ? 1 : 2; }
+
+// Stages of `boxes` boxes, and all offsets that follow from it, in at most `most_bytes`.
+constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, int boxes,
+                                   int most_bytes) {
+  c.boxes = boxes;
+  c.steps = static_cast<int>(ceil_div<std::int64_t>(K, kLinearBox * c.boxes));
+  c.x_offset = c.boxes * c.weight_box;
+  c.stage_bytes = c.x_offset + c.boxes * c.x_box;
+
+  // Sums of the other CTA's half of the tokens, or of the tokens that are on their way out.
+  const int exchanged = c.cluster == 2 ? c.tokens / 2 * 64 * c.row_tiles * 4 : 0;
+  const int parts = c.cluster == 1 && c.row_tiles == 1 ? 2 : 1;
+  const int staged =
+      parts * linear_staged_tokens(c.tokens, c.row_tiles) * linear_staging_pitch(c.row_tiles) * 4;
+  const int staging = round_up(exchanged > staged ? exchanged : staged, 1024);
+  // The ring serves to merge sums when it has nothing else to bring.
+  const int needed = ceil_div(c.steps, c.cluster) * c.units;
+  const int merged = c.cluster == 2 && c.row_tiles == 1 ? c.tokens * 64 * 4 : 0;
+  const int held = (needed < 2 ? needed : 2) * c.stage_bytes;
+  const int merge = c.units == 1 && held >= merged ? 0 : merged;
+  // A product reads 64 rows from where a box starts, also where the box has fewer.
+  const int past = (c.row_tiles - 1) * c.second_offset + 64 * 2 * kLinearBox;
+  const int behind = c.stage_bytes - (c.boxes - 1) * c.weight_box + staging + merge;
+  const int slack = past > behind ? past - behind : 0;
+  const int fit = (most_bytes - kLinearHeaderBytes - staging - merge - slack) / c.stage_bytes;
+  c.stages = fit < kLinearMostStages ? fit : kLinearMostStages;
+  if (needed < c.stages) c.stages = needed;
+  c.staging_offset = kLinearHeaderBytes + c.stages * c.stage_bytes;
+  c.merge_offset = merge == 0 ? kLinearHeaderBytes : c.staging_offset + staging;
+  c.smem_bytes = c.staging_offset + staging + merge + slack;
+}
+
+constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
+    const LinearDecodeSm90Shape& s, int sms, const LinearDecodeSm90Tuning& tuning = {}) {
+  LinearDecodeSm90Config c = {};
+  c.tokens = 8;
+  while (c.tokens < s.rows) c.tokens *= 2;
+  const std::int64_t weight_rows = s.swiglu ? 2 * s.outputs : s.outputs;
+  c.cluster = c.tokens >= 64 && weight_rows < kLinearSplitRows ? 2 : 1;
+  if (tuning.cluster != 0 && c.tokens >= 64) c.cluster = tuning.cluster;
+
+  c.slices = s.swiglu || c.tokens > 32        ? 1
+             : s.outputs <= kLinearFourSlices ? 4
+             : s.outputs <= kLinearTwoSlices  ? 2
+                                              : 1;
+  while (c.slices > 1 && c.slices * c.tokens > kLinearMostSlicedColumns) c.slices /= 2;
+
+  // The outputs in even shares: as many units a cluster as keep a unit within the rows of one
+  // product, and units as small as cover all.
+  const int most = c.slices > 1 ? 64 / c.slices : s.swiglu ? 64 : 128;
+  const std::int64_t slots = sms / c.cluster < 1 ? 1 : sms / c.cluster;
+  const std::int64_t units = ceil_div(ceil_div(s.outputs, slots), std::int64_t{most});
+  const std::int64_t share = ceil_div(s.outputs, slots * units);
+  c.unit = static_cast<int>(share < 8 ? 8 : share);
+  c.units = static_cast<int>(units);
+  c.clusters = static_cast<int>(ceil_div(ceil_div<std::int64_t>(s.outputs, c.unit), units));
+  c.row_tiles = s.swiglu || c.unit > 64 ? 2 : 1;
+  c.box_rows = round_up(c.unit, 8);
+  c.second_offset = (s.swiglu ? c.box_rows : 64) * 2 * kLinearBox;
+  c.weight_box = (s.swiglu ? 2 : 1) * c.box_rows * 2 * kLinearBox;
+  c.x_box = c.tokens * 2 * kLinearBox;
+
+  // A whole multiprocessor: long runs of W in flight are worth more than a second ring beside this
+  // one, but where all that a CTA reads is no more than a multiprocessor holds; there half of it,
+  // and the next launch's ring fills in the other half.
+  const std::int64_t bytes =
+      (c.weight_box + c.x_box) * ceil_div<std::int64_t>(s.K, kLinearBox) / c.cluster * c.units;
+  const bool half = c.tokens <= 64 && bytes <= kLinearWholeSmemBytes;
+  const int most_bytes = tuning.smem_bytes != 0 ? tuning.smem_bytes
+                         : half                 ? kLinearHalfSmemBytes
+                                                : kLinearWholeSmemBytes;
+  c.starts_next_first =
+      tuning.starts_next_first >= 0 ? tuning.starts_next_first != 0 : !half || c.tokens <= 16;
+  // Stages of many bytes, but three of them where there is work for three.
+  const int most_boxes = c.row_tiles == 1 ? 8 : 4;
+  const int least = c.row_tiles == 1 ? 2 * c.slices : 1;  // one product of either warpgroup
+  int boxes = tuning.boxes > least ? tuning.boxes : least;
+  if (boxes > most_boxes) boxes = most_boxes;
+  lay_out_linear_ring(c, s.K, boxes, most_bytes);
+  while (tuning.boxes == 0 && boxes < most_boxes && c.steps > 1 &&
+         boxes * c.weight_box < kLinearStageWeightBytes) {
+    const LinearDecodeSm90Config narrow = c;
+    boxes *= 2;
+    lay_out_linear_ring(c, s.K, boxes, most_bytes);
+    if (c.stages >= 3 || c.stages == ceil_div(c.steps, c.cluster) * c.units) continue;
+    c = narrow;
+    break;
+  }
+  return c;
+}
+
+// A stage is given back when the products of the next one have been issued: a ring of one stage
+// holds all there is.
+constexpr bool linear_ring_turns(const LinearDecodeSm90Config& c) {
+  return c.stages >= 2 || (c.stages == 1 && ceil_div(c.steps, c.cluster) * c.units == 1);
+}
+
+}  // namespace zebra

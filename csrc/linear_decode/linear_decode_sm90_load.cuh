@@ -1,0 +1,150 @@
+// What feeds the kernel of linear_decode on Hopper (linear_decode_sm90.cu tells the whole story).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/sm90/ptx.cuh"
+#include "common/sm90/tma.cuh"
+#include "linear_decode/linear_decode.h"
+#include "linear_decode/linear_decode_sm90_config.h"
+
+namespace zebra::sm90 {
+
+// What is asked for before the kernels that precede in the stream have ended: nothing, the weight
+// in L2, or the weight in shared memory.  The last may miss what those kernels write to the weight.
+enum class Early { kNothing, kIntoL2, kIntoShared };
+
+struct LinearArgs {
+  CUtensorMap weight, x;
+  LinearDecodeParams p;  // x is normalised where there was a norm
+  LinearDecodeSm90Config cfg;
+  Early early;
+  // Whether one copy brings all boxes of a stage: the maps then have K in blocks of kLinearBox as
+  // their last dimension.
+  bool whole;
+};
+
+// Shared memory before the ring: byte offsets.
+struct LinearSmem {
+  static constexpr int kFull = 0, kEmpty = kFull + 8 * kLinearMostStages;
+  static constexpr int kPeerFull = kEmpty + 8 * kLinearMostStages, kPeerFree = kPeerFull + 8;
+  static constexpr int kRing = kLinearHeaderBytes;
+  static_assert(kPeerFree + 8 <= kRing && kRing % 1024 == 0);
+};
+
+extern __shared__ __align__(1024) char linear_shared[];
+
+__device__ __forceinline__ std::uint32_t linear_shared_at(int offset) {
+  return smem_addr(linear_shared) + offset;
+}
+
+// Position in the ring; a consumer waits for `phase`, the producer for `phase ^ 1`.
+struct LinearRing {
+  int slot = 0;
+  std::uint32_t phase = 0;
+  __device__ __forceinline__ void advance(int slots) {
+    if (++slot == slots) slot = 0, phase ^= 1;
+  }
+};
+
+// What this CTA does: units of its cluster, and the steps along K that are its own.
+struct LinearWork {
+  int rank, first_unit, units, first_step, steps;
+
+  __device__ __forceinline__ explicit LinearWork(const LinearArgs& a) {
+    const LinearDecodeSm90Config& c = a.cfg;
+    rank = c.cluster == 2 ? static_cast<int>(cluster_rank()) : 0;
+    first_unit = static_cast<int>(blockIdx.x) / c.cluster * c.units;
+    const int all = static_cast<int>((a.p.outputs + c.unit - 1) / c.unit);
+    units = min(c.units, all - first_unit);
+    first_step = rank == 0 ? 0 : c.steps / 2;
+    steps = (c.cluster == 2 && rank == 0 ? c.steps / 2 : c.steps) - first_step;
+  }
+};
+
+__device__ __forceinline__ void linear_arrive_warp(std::uint32_t bar) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(bar);
+}
+
+// ---- loads: one thread
+
+struct LinearLoader {
+  const LinearArgs& a;
+  const LinearWork& work;
+
+  // A load of this CTA: its coordinate along K and its first output.
+  struct Place {
+    int step, k, output;
+  };
+  __device__ __forceinline__ Place first() const {
+    return {0, work.first_step * a.cfg.boxes * kLinearBox, work.first_unit * a.cfg.unit};
+  }
+  __device__ __forceinline__ void advance(Place& at) const {
+    at.k += a.cfg.boxes * kLinearBox;
+    if (++at.step < work.steps) return;
+    at.step = 0, at.k = work.first_step * a.cfg.boxes * kLinearBox, at.output += a.cfg.unit;
+  }
+
+  __device__ __forceinline__ void prefetch(const Place& at) const {
+    if (a.whole) {
+      tma_prefetch_4d(&a.weight, 0, at.output, 0, at.k / kLinearBox);
+      return;
+    }
+    for (int b = 0; b < a.cfg.boxes; ++b)
+      tma_prefetch_3d(&a.weight, at.k + b * kLinearBox, at.output, 0);
+  }
+  // The stage's weight, and the bytes that the whole stage will bring.
+  __device__ __forceinline__ void load_weight(const Place& at, int slot) const {
+    const LinearDecodeSm90Config& c = a.cfg;
+    const std::uint32_t to = linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes);
+    const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;
+    mbarrier_expect(full, c.stage_bytes);
+    if (a.whole) {
+      tma_load_4d(to, &a.weight, full, 0, at.output, 0, at.k / kLinearBox);
+      return;
+    }
+    for (int b = 0; b < c.boxes; ++b)
+      tma_load_3d(to + b * c.weight_box, &a.weight, full, at.k + b * kLinearBox, at.output, 0);
+  }
+  __device__ __forceinline__ void load_x(const Place& at, int slot) const {
+    const LinearDecodeSm90Config& c = a.cfg;
+    const std::uint32_t to =
+        linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes + c.x_offset);
+    const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;
+    if (a.whole) {
+      tma_load_3d(to, &a.x, full, 0, 0, at.k / kLinearBox);
+      return;
+    }
+    for (int b = 0; b < c.boxes; ++b)
+      tma_load_2d(to + b * c.x_box, &a.x, full, at.k + b * kLinearBox, 0);
+  }
+
+  __device__ __forceinline__ void walk() const {
+    const int all = work.units * work.steps, ahead = min(all, a.cfg.stages);
+    Place at = first();
+    for (int i = 0; i < ahead; ++i, advance(at)) {
+      if (a.early == Early::kIntoL2) prefetch(at);
+      if (a.early == Early::kIntoShared) load_weight(at, i);
+    }
+    if (a.cfg.starts_next_first) grid_launch_dependents();
+    grid_dependency_wait();
+    fence_async_proxy_global();
+    at = first();
+    for (int i = 0; i < ahead; ++i, advance(at)) {
+      if (a.early != Early::kIntoShared) load_weight(at, i);
+      load_x(at, i);
+    }
+    LinearRing r;
+    for (int i = ahead; i < all; ++i, advance(at)) {
+      mbarrier_wait(linear_shared_at(LinearSmem::kEmpty) + 8 * r.slot, r.phase);
+      load_weight(at, r.slot);
+      load_x(at, r.slot);
+      r.advance(a.cfg.stages);
+    }
+    // Their first loads then follow on the last ones of this kernel.
+    if (!a.cfg.starts_next_first) grid_launch_dependents();
+  }
+};
+
+}  // namespace zebra::sm90
