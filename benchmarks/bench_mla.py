@@ -1,6 +1,7 @@
 """Latent attention: decoding over a paged cache, and attention of training and prefill.
 
-Eager decoding gathers the pages and absorbs with einsum; eager attention repeats the KV heads for
+Eager decoding gathers the pages and absorbs with einsum; for latent queries its peers find the
+latents in order.  Eager attention repeats the KV heads for
 torch.nn.functional.scaled_dot_product_attention, as models write it.
 """
 
@@ -69,6 +70,53 @@ def decode_case(model: str, batch: int, length: int, dtype: torch.dtype) -> Case
     )
 
 
+def latent_case(model: str, batch: int, length: int) -> Case:
+    """Latent queries.  Peers have the latents in order, gathered before they are timed."""
+    H, _, Dn, E, _, R = MODELS[model]
+    scale, pages, dtype = (Dn + E) ** -0.5, length // PAGE, torch.bfloat16
+
+    def make(device: str) -> Inputs:
+        table = torch.randperm(batch * pages, device=device).view(batch, pages).int()
+        cache = torch.randn(batch * pages, PAGE, R + E, device=device, dtype=dtype)
+        return {
+            "q": torch.randn(batch, 1, H, R + E, device=device, dtype=dtype),
+            "cache": cache,
+            "table": table,
+            "lens": torch.full((batch,), length, dtype=torch.int32, device=device),
+            "latent": cache[table.long()].flatten(1, 2),  # [B, S, R + E]
+        }
+
+    def zebra(i: Inputs) -> list[Tensor]:
+        args = (i["q"], i["cache"], i["table"], i["lens"], scale)
+        return [ops.mla_decode(*args, kv_lora_rank=R)[0]]
+
+    def flash(i: Inputs) -> list[Tensor]:  # heads are rows of one head, values whole keys
+        k = i["latent"][:, None]
+        return [F.scaled_dot_product_attention(i["q"], k, k, scale=scale)[..., :R]]
+
+    def eager(i: Inputs) -> list[Tensor]:
+        s = torch.bmm(i["q"][:, 0], i["latent"].transpose(1, 2)) * scale
+        return [torch.bmm(s.softmax(-1), i["latent"][..., :R])[:, None]]
+
+    def truth(i: Inputs) -> list[Tensor]:
+        parts = [
+            eager({k: i[k][b : b + 1].double() for k in ("q", "latent")}) for b in range(batch)
+        ]
+        return [torch.cat([o for (o,) in parts])]
+
+    return Case(
+        op="mla_decode, latent queries",
+        shape={"model": model, "B": batch, "S": length},
+        dtype=dtype,
+        bytes=2 * batch * (length * (R + E) + H * (2 * R + E)),
+        flops=2 * batch * H * length * (2 * R + E),
+        make=make,
+        impls={"zebra": zebra, "SDPA, heads as rows": flash, "bmm, softmax, bmm": eager},
+        truth=truth,
+        max_error=2e-2,
+    )
+
+
 def attention_case(model: str, batch: int, tokens: int, dtype: torch.dtype, grad: bool) -> Case:
     H, G, Dn, E, Dv, _ = MODELS[model]
     scale = (Dn + E) ** -0.5
@@ -119,6 +167,12 @@ def cases(device: str) -> list[Case]:
     gpu = device == "cuda"
     dtypes = (torch.bfloat16,) if gpu else (torch.bfloat16, torch.float32)
     out = []
+    if gpu:
+        for model in MODELS:
+            for batch, length in [(1, 2048), (1, 32768), (8, 8192), (64, 2048), (64, 8192)]:
+                out.append(latent_case(model, batch, length))
+        out += [latent_case(m, b, 32768) for m, b in [("8b", 64), ("3b", 64), ("1b", 64)]]
+        out += [latent_case(m, 256, 8192) for m in ("8b", "3b")]
     for dtype in dtypes:
         for model in MODELS:
             decode = (

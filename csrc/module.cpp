@@ -107,13 +107,14 @@ py::dict mla_decode_config(std::int64_t batch, std::int64_t rows, std::int64_t r
     throw py::value_error("zebra: TMA brings no columns that are filled with zeros");
   const zebra::MlaDecodeConfig c = zebra::select_mla_decode_config(
       {batch, rows, rank, rope, max_tokens, split_size, tma}, sms, smem_limit);
-  return py::dict(
-      py::arg("rank") = c.rank, py::arg("rope") = c.rope, py::arg("stage") = c.stage,
-      py::arg("groups") = c.groups, py::arg("passes") = c.passes, py::arg("halves") = c.halves,
-      py::arg("streams") = c.streams, py::arg("slots") = c.slots,
-      py::arg("smem_bytes") = c.smem_bytes, py::arg("ctas") = c.ctas, py::arg("split") = c.split,
-      py::arg("pieces") = c.pieces, py::arg("partials") = c.partials,
-      py::arg("combine_lanes") = c.combine_lanes, py::arg("workspace_bytes") = c.workspace_bytes);
+  return py::dict(py::arg("rank") = c.rank, py::arg("rope") = c.rope, py::arg("stage") = c.stage,
+                  py::arg("groups") = c.groups, py::arg("passes") = c.passes,
+                  py::arg("halves") = c.halves, py::arg("streams") = c.streams,
+                  py::arg("slots") = c.slots, py::arg("merge_parts") = c.merge_parts,
+                  py::arg("smem_bytes") = c.smem_bytes, py::arg("ctas") = c.ctas,
+                  py::arg("split") = c.split, py::arg("pieces") = c.pieces,
+                  py::arg("partials") = c.partials, py::arg("combine_lanes") = c.combine_lanes,
+                  py::arg("workspace_bytes") = c.workspace_bytes);
 }
 
 // select_config("rms_norm", dim=4096, ...): the tile that a launcher would choose, as a dict.

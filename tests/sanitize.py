@@ -115,11 +115,29 @@ def mla_attention() -> None:
             ops.mla_attention(*leaves, 0.2, cu_seqlens)[0].sum().backward()
 
 
+def mla_decode() -> None:
+    # H, R, E: an instance with q in registers, one with q in shared memory, a padded one
+    shapes = ((24, 128, 64), (32, 192, 64), (5, 80, 8))
+    cases = itertools.product(DTYPES[1:], shapes, (1, 3), (16, 64), (0, 64))
+    for dtype, (H, R, E), tokens, page, split in cases:
+        lengths = torch.tensor([0, 1, 300, 64, tokens], dtype=torch.int32, device="cuda")
+        pages = -(-300 // page)
+        table = torch.randperm(5 * pages, device="cuda").view(5, pages).int()
+        cache = torch.randn(5 * pages, page, R + E, dtype=dtype, device="cuda")
+        wide = torch.randn(5, tokens, H, R + E + 2, dtype=dtype, device="cuda")
+        for q in (wide[..., : R + E].contiguous(), wide[..., 2:]):  # 16-byte and 4-byte aligned
+            for portable in ("0", "1"):
+                os.environ["ZEBRA_PORTABLE"] = portable
+                ops.mla_decode(q, cache, table, lengths, 0.1, kv_lora_rank=R, split_size=split)
+    del os.environ["ZEBRA_PORTABLE"]
+
+
 if __name__ == "__main__":
     rms_norm()
     causal_conv1d()
     ssd_scan()
     mla_project()
     mla_attention()
+    mla_decode()
     torch.cuda.synchronize()
     print("every kernel ran")

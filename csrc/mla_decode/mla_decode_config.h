@@ -14,22 +14,32 @@ constexpr int kMlaWarps = 8;        // of a CTA
 constexpr int kMlaMostSlots = 8;    // stages of one stream
 constexpr int kMlaMostLanes = 32;   // of a combination
 constexpr int kMlaQFromSmem = 192;  // latent ranks from here on keep q in shared memory
-constexpr int kMlaMergeColumns = 32, kMlaMergeStride = 40;  // floats; rows meet no bank twice
 constexpr int kMlaMergeOffset = 6144;  // schedule and softmax statistics lie before it
-constexpr int kMlaFixedBytes =
-    kMlaMergeOffset + kMlaWarps * 16 * kMlaMergeStride * 4;  // before q and the stages
-static_assert(kMlaFixedBytes % 1024 == 0, "stages lie where the swizzles of TMA repeat");
+// Stages of a CTA together, where two of a stream take no more: more bytes under way were slower.
+constexpr int kMlaRingBytes = 112 * 1024;
+// Where the warps add their results, 32 x `parts` columns of each at a time.  The stride, in
+// floats, is such that rows meet no bank twice.
+constexpr int mla_merge_stride(int parts) { return parts * 32 + 8; }
+constexpr int mla_merge_bytes(int parts) { return kMlaWarps * 16 * mla_merge_stride(parts) * 4; }
+// Rows of q in shared memory, in bytes: an odd number of 16-byte units, as ldmatrix likes them.
+constexpr int mla_q_pitch(int width) { return width * 2 + 16; }
+constexpr int mla_q_bytes(int groups, int width) {
+  return (groups * 16 * mla_q_pitch(width) + 1023) / 1024 * 1024;
+}
+static_assert((kMlaMergeOffset + mla_merge_bytes(1)) % 1024 == 0 && mla_merge_bytes(1) % 1024 == 0,
+              "stages lie where the swizzles of TMA repeat");
 constexpr int kMlaSm90SmemBytes = 232448;  // shared memory of a CTA on sm_90
 
 // Division of 0 .. 2^31 - 1 by a number of 1 .. 2^31 - 1 with a multiplication (Granlund and
-// Montgomery): n m / 2^p for p = 31 + ceil(log2 d), m = ceil(2^p / d) is floor(n / d).
+// Montgomery): n m / 2^p for p = 31 + ceil(log2 d), m = ceil(2^p / d) is floor(n / d).  With 2 n
+// in place of n the shift is the logarithm, and 1 needs no case of its own.
 struct MlaDivisor {
   int divisor;
   unsigned multiplier, shift;
 
 #ifdef __CUDACC__
   __device__ __forceinline__ int quotient(int n) const {
-    return divisor == 1 ? n : static_cast<int>(__umulhi(n, multiplier) >> shift);
+    return static_cast<int>(__umulhi(2u * static_cast<unsigned>(n), multiplier) >> shift);
   }
   __device__ __forceinline__ int rest(int n) const { return n - quotient(n) * divisor; }
 #endif
@@ -41,8 +51,7 @@ constexpr MlaDivisor mla_divisor(std::int64_t d) {
   const std::uint64_t power = std::uint64_t{1} << p;
   const std::uint64_t m =
       (power + static_cast<std::uint64_t>(d) - 1) / static_cast<std::uint64_t>(d);
-  return {static_cast<int>(d), static_cast<unsigned>(m),
-          static_cast<unsigned>(d == 1 ? 0 : p - 32)};
+  return {static_cast<int>(d), static_cast<unsigned>(m), static_cast<unsigned>(bits)};
 }
 
 struct MlaInstance {
@@ -86,6 +95,7 @@ struct MlaDecodeConfig {
   int stage;       // tokens
   int groups, passes, halves;
   int streams, slots;  // of a CTA; stages of a stream
+  int merge_parts;     // of 32 columns that are added at a time where an item ends
   int q_offset, ring_offset, smem_bytes;
   int ctas;
   int item_cost;          // of an item's start and end, in stages
@@ -113,8 +123,7 @@ constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std:
   while (c.groups < kMlaWarps && c.groups * 16 < s.rows) c.groups *= 2;
   int slots = 0;
   for (;; c.groups /= 2) {  // fewer rows where q leaves no room for two stages
-    c.q_offset = kMlaFixedBytes;
-    c.ring_offset = c.q_offset + (c.rank >= kMlaQFromSmem ? c.groups * width * 32 : 0);
+    c.ring_offset = kMlaMergeOffset + mla_merge_bytes(1) + mla_q_bytes(c.groups, width);
     slots = (smem_limit - c.ring_offset) / stage;
     if (slots >= 2 || c.groups == 1) break;
   }
@@ -122,6 +131,13 @@ constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std:
   c.streams = kMlaWarps / (c.groups * c.halves);
   while (c.streams > 1 && slots / c.streams < 2) c.streams /= 2;
   c.slots = slots / c.streams < kMlaMostSlots ? slots / c.streams : kMlaMostSlots;
+  while (c.slots > 2 && c.streams * c.slots * stage > kMlaRingBytes) --c.slots;
+  const int left = smem_limit - c.ring_offset - c.streams * c.slots * stage + mla_merge_bytes(1);
+  c.merge_parts = c.rank / 32;  // as few rounds of equal parts as there is room for
+  for (int rounds = 2; mla_merge_bytes(c.merge_parts) > left; ++rounds)
+    c.merge_parts = ceil_div(c.rank / 32, rounds);
+  c.q_offset = kMlaMergeOffset + mla_merge_bytes(c.merge_parts);
+  c.ring_offset = c.q_offset + mla_q_bytes(c.groups, width);
   c.smem_bytes = c.ring_offset + c.streams * c.slots * stage;
   c.passes = static_cast<int>(ceil_div<std::int64_t>(s.rows, 16 * c.groups));
 
@@ -145,11 +161,11 @@ constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std:
   const bool cut = c.split > 0 ? c.pieces > 1 : c.ctas > 1;
   c.partials = !cut ? 0 : c.split > 0 ? items * c.pieces : 2 * c.ctas;
   if (!cut) c.units = 0;
-  // Lanes for about half of the partial results that an item may have; with split_size a constant,
-  // because the order of summation must not depend on the batch.
+  // Lanes for a third to a half of the partial results that an item may have; with split_size a
+  // constant, because the order of summation must not depend on the batch.
   const std::int64_t cuts = ceil_div<std::int64_t>(c.ctas, items < 1 ? 1 : items) + 1;
   c.combine_lanes = c.split > 0 ? 8 : 1;
-  while (c.split == 0 && c.combine_lanes < kMlaMostLanes && c.combine_lanes * 2 < cuts)
+  while (c.split == 0 && c.combine_lanes < kMlaMostLanes && c.combine_lanes * 5 < cuts * 2)
     c.combine_lanes *= 2;
   const std::int64_t rows = c.partials * 16 * c.groups;
   c.sums_offset = rows * 8;

@@ -5,7 +5,7 @@
 //                Derivation: docs/kernels/mla_decode.md.
 // Grid           persistent, one CTA a multiprocessor; mla_decode_schedule.cuh deals the tokens.
 // Warps          8.  A team of `groups` (query rows, 16 each) x `halves` (of a stage) warps shares
-//                one stream of stages; no barrier beyond the team but where an item ends.
+//                one stream of stages; no barrier beyond it but at items' ends.
 // Stage          32 cached rows (TMA: 64), mla_decode_load.cuh: the same tile is K (plain) and V
 //                (transposed on the way out of shared memory).
 // Registers      scores and probabilities never leave them; q does from R = 192 on.
@@ -56,56 +56,58 @@ __device__ __forceinline__ int* mla_limits() {
 template <typename T, typename S>
 struct MlaRows {
   unsigned q[S::kQFromSmem ? 1 : S::kSteps][4];
-  unsigned q_address;  // where q lies in shared memory
+  unsigned q_address;  // where the lane reads q in shared memory
   float o[S::kRank / 8][4];
   float reference[2], sum[2];  // of rows g and g + 8; the sum is the lane's part
 
-  // The fragment of q for columns 16 step .. 16 step + 15; `c` and `rope` are the lane's places in
-  // the latent and the rope columns of its rows.
-  __device__ __forceinline__ void read_q(const MlaArgs& a, const char* const (&c)[2],
-                                         const char* const (&rope)[2], int step,
-                                         unsigned (&fragment)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = step * 16 + i / 2 * 8;
-      const char* at =
-          column < S::kRank ? c[i % 2] + column * 2 : rope[i % 2] + (column - S::kRank) * 2;
-      const bool used = column < S::kRank ? column < a.R : column - S::kRank < a.E;
-      fragment[i] = used ? __ldg(reinterpret_cast<const unsigned*>(at)) : 0u;
-    }
-  }
-
   // Opens an item; `row` is the warp's first of the sequence.  Rows past the last one compute what
-  // it does, and are not written.
+  // it does, and are not written.  The warps with the same rows bring q to shared memory together:
+  // whole lines once, where fragments from global memory would be a line for every 16 bytes.
   __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int row,
                                         const MlaPlace& place) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const char *c[2], *rope[2];
+    constexpr int kUnits = S::kWidth / 8, kAtOnce = 4;
+    const int lane = place.lane, threads = 32 * place.workers;
+    const char* const base = static_cast<const char*>(a.q) + 2 * step.b * a.q_stride[0];
+    const unsigned to = q_address - (lane & 15) * S::kQPitch - (lane >> 4) * 16;
+#pragma unroll 1
+    for (int first = place.worker * 32 + lane; first < 16 * kUnits; first += kAtOnce * threads) {
+      unsigned v[kAtOnce][4] = {};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int mine = min(row + g + 8 * i, a.rows - 1);
-      const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
-      if (t == 0) mla_limits()[g + 8 * i] = step.length - a.tokens + token + 1;
-      const std::int64_t offset =
-          step.b * a.q_stride[0] + token * a.q_stride[1] + head * a.q_stride[2] + 2 * t;
-      c[i] = static_cast<const char*>(a.q) + 2 * offset;
-      rope[i] = static_cast<const char*>(a.q) + 2 * (offset + a.R);
-      reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int i = first + n * threads, r = i / kUnits, column = i % kUnits * 8;
+        const bool is_rope = column >= S::kRank;
+        if (i >= 16 * kUnits || column - (is_rope ? S::kRank : 0) >= (is_rope ? a.E : a.R))
+          continue;
+        const int mine = min(row + r, a.rows - 1);
+        const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
+        const std::int64_t offset =
+            token * a.q_stride[1] + head * a.q_stride[2] + column - (is_rope ? S::kRank - a.R : 0);
+        const char* const from = base + 2 * offset;
+        if (a.q_is_aligned) {
+          const uint4 unit = __ldg(reinterpret_cast<const uint4*>(from));
+          v[n][0] = unit.x, v[n][1] = unit.y, v[n][2] = unit.z, v[n][3] = unit.w;
+        } else {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) v[n][k] = __ldg(reinterpret_cast<const unsigned*>(from) + k);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int i = first + n * threads;
+        if (i < 16 * kUnits) store_shared(to + i / kUnits * S::kQPitch + i % kUnits * 16, v[n]);
+      }
     }
-    __syncwarp();
+    if (lane < 16)
+      mla_limits()[lane] =
+          step.length - a.tokens + a.heads.quotient(min(row + lane, a.rows - 1)) + 1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
 #pragma unroll
     for (int j = 0; j < S::kRank / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
-    if constexpr (S::kQFromSmem) {
-#pragma unroll 1
-      for (int n = place.worker; n < S::kSteps; n += place.workers) {
-        unsigned fragment[4];
-        read_q(a, c, rope, n, fragment);
-        store_shared(q_address + n * 512, fragment);
-      }
-      named_barrier(place.group_barrier, 32 * place.workers);
-    } else {
+    named_barrier(place.group_barrier, threads);
+    if constexpr (!S::kQFromSmem) {
 #pragma unroll
-      for (int n = 0; n < S::kSteps; ++n) read_q(a, c, rope, n, q[n]);
+      for (int n = 0; n < S::kSteps; ++n) load_blocks(q[n], q_address + n * 32);
     }
   }
 
@@ -157,7 +159,7 @@ struct MlaRows {
         load_blocks(high, at + 16 * 64);
       }
       unsigned from_smem[4];
-      if constexpr (S::kQFromSmem) load_shared(from_smem, q_address + step * 512);
+      if constexpr (S::kQFromSmem) load_blocks(from_smem, q_address + step * 32);
       const unsigned (&fragment)[4] = S::kQFromSmem ? from_smem : q[S::kQFromSmem ? 0 : step];
       multiply_add<T>(s[0], fragment, low[0], low[1]);
       multiply_add<T>(s[1], fragment, low[2], low[3]);
@@ -219,7 +221,7 @@ struct MlaRows {
 struct MlaMerge {
   float2 (*stats)[16];   // [warps]: reference and sum of a warp's rows
   float2 (*merged)[16];  // [groups]: of the group's rows over all streams
-  float* columns;        // [warps][16][kMlaMergeStride]
+  float* columns;        // [warps][16][mla_merge_stride(parts)]
 };
 
 // Adds the results of a group's workers, the warps with the same rows, and writes them: the item's
@@ -240,79 +242,98 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
     if (t == 0) m.stats[warp][g + 8 * i] = {rows.reference[i], sum};
   }
   named_barrier(barrier, 32 * workers);
+  // Lane t looks at workers t and t + 4, at both rows before anything is made of one.
+  float2 v[2][2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    // Lane t looks at workers t and t + 4.
-    float2 v[2];
+  for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      v[n] = {-kInfinity, 0.f};
-      if (t + 4 * n < workers) v[n] = m.stats[(t + 4 * n) * groups + group][g + 8 * i];
+      v[i][n] = {-kInfinity, 0.f};
+      if (t + 4 * n < workers) v[i][n] = m.stats[(t + 4 * n) * groups + group][g + 8 * i];
     }
-    float top = fmaxf(v[0].x, v[1].x);
+  float2 whole[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float top = fmaxf(v[i][0].x, v[i][1].x);
     top = fmaxf(top, __shfl_xor_sync(kWarp, top, 1));
     top = fmaxf(top, __shfl_xor_sync(kWarp, top, 2));
     const float base = top == -kInfinity ? 0.f : top;
-    float sum = v[0].y * exp2_approx(v[0].x - base) + v[1].y * exp2_approx(v[1].x - base);
+    scale[i] = exp2_approx(rows.reference[i] - base);
+    float sum =
+        v[i][0].y * exp2_approx(v[i][0].x - base) + v[i][1].y * exp2_approx(v[i][1].x - base);
     sum += __shfl_xor_sync(kWarp, sum, 1);
     sum += __shfl_xor_sync(kWarp, sum, 2);
-    scale[i] = exp2_approx(rows.reference[i] - base);
-    if (worker == 0 && t == 0) m.merged[group][g + 8 * i] = {top, sum};
+    whole[i] = {top, sum};
   }
+  if (worker == 0 && t == 0) m.merged[group][g] = whole[0], m.merged[group][g + 8] = whole[1];
 
   const std::int64_t partial = step.partial;
   const int first = (step.pass * groups + group) * 16;  // of the group's rows in the sequence
   const std::int64_t out = static_cast<std::int64_t>(step.b) * a.rows + first;
   const std::int64_t kept = (partial * groups + group) * 16;
-  constexpr int kStep = kMlaMergeColumns, kQuads = kStep / 4;
-  constexpr int kStride = kMlaMergeStride;
-  float* const mine = m.columns + (warp * 16 + g) * kStride + 2 * t;
+  constexpr int kParts = S::kRank / 32, kAtOnce = (kParts + 1) / 2;
+  const int parts = a.merge_parts, stride = mla_merge_stride(parts), threads = 32 * workers;
 #pragma unroll
   for (int j = 0; j < S::kRank / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) rows.o[j][i] *= scale[i / 2];
-#pragma unroll 1  // the chunks of columns share all but their registers
-  for (int c = 0; c < S::kRank / kStep; ++c) {
-#pragma unroll
-    for (int chunk = 0; chunk < S::kRank / kStep; ++chunk)
-      if (chunk == c) {
-#pragma unroll
-        for (int j = 0; j < kStep / 8; ++j) {
-          const float (&o)[4] = rows.o[chunk * (kStep / 8) + j];
-          *reinterpret_cast<float2*>(mine + 8 * j) = {o[0], o[1]};
-          *reinterpret_cast<float2*>(mine + 8 * j + 8 * kStride) = {o[2], o[3]};
-        }
-      }
-    named_barrier(barrier, 32 * workers);
 #pragma unroll 1
-    for (int i = worker * 32 + lane; i < 16 * kQuads; i += 32 * workers) {
-      const int r = i / kQuads, at = c * kStep + i % kQuads * 4;
-      const float* const parts = m.columns + (group * 16 + r) * kStride + i % kQuads * 4;
-      float4 v = {};
+  for (int from = 0; from < kParts; from += parts) {
+    float* mine = m.columns + (warp * 16 + g) * stride + 2 * t;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+      if (part >= from && part < from + parts) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float (&o)[4] = rows.o[part * 4 + j];
+          *reinterpret_cast<float2*>(mine + 8 * j) = {o[0], o[1]};
+          *reinterpret_cast<float2*>(mine + 8 * j + 8 * stride) = {o[2], o[3]};
+        }
+        mine += 32;
+      }
+    named_barrier(barrier, threads);
+    // Four columns each: 8 neighbours share a row's 32, so no bank is met twice and lines go whole.
+    const int units = min(parts, kParts - from) * 128;
+#pragma unroll 1
+    for (int begin = worker * 32 + lane; begin < units; begin += kAtOnce * threads) {
+      float4 v[kAtOnce] = {};
 #pragma unroll 1
       for (int s = 0; s < workers; s += 4)
 #pragma unroll
-        for (int n = 0; n < 4; ++n)
-          if (s + n < workers) {
-            const float4 part =
-                *reinterpret_cast<const float4*>(parts + (s + n) * groups * 16 * kStride);
-            v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
-          }
-      if (first + r >= a.rows) continue;
-      const float2 whole = m.merged[group][r];
-      if (partial >= 0) {
-        *reinterpret_cast<float4*>(a.sums + (kept + r) * S::kRank + at) = v;
-        if (at == 0) a.stats[kept + r] = whole;
-      } else {
-        const float inverse = whole.y == 0.f ? 0.f : __fdividef(1.f, whole.y);
-        const uint2 packed = {pack<T>(v.x * inverse, v.y * inverse),
-                              pack<T>(v.z * inverse, v.w * inverse)};
-        if (at < a.R)
-          *reinterpret_cast<uint2*>(static_cast<char*>(a.o) + ((out + r) * a.R + at) * 2) = packed;
-        if (at == 0) a.lse[out + r] = mla_lse(whole.x, whole.y);
+        for (int n = 0; n < kAtOnce; ++n) {
+          const int i = begin + n * threads, r = i / 8 % 16;
+          const float* const share =
+              m.columns + ((s * groups + group) * 16 + r) * stride + i / 128 * 32 + i % 8 * 4;
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            if (i < units && s + k < workers) {
+              const float4 part =
+                  *reinterpret_cast<const float4*>(share + k * groups * 16 * stride);
+              v[n].x += part.x, v[n].y += part.y, v[n].z += part.z, v[n].w += part.w;
+            }
+        }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int i = begin + n * threads, r = i / 8 % 16;
+        const int at = (from + i / 128) * 32 + i % 8 * 4;
+        if (i >= units || first + r >= a.rows) continue;
+        const float2 whole = m.merged[group][r];
+        if (partial >= 0) {
+          *reinterpret_cast<float4*>(a.sums + (kept + r) * S::kRank + at) = v[n];
+          if (at == 0) a.stats[kept + r] = whole;
+        } else {
+          const float inverse = whole.y == 0.f ? 0.f : __fdividef(1.f, whole.y);
+          const uint2 packed = {pack<T>(v[n].x * inverse, v[n].y * inverse),
+                                pack<T>(v[n].z * inverse, v[n].w * inverse)};
+          if (at < a.R)
+            *reinterpret_cast<uint2*>(static_cast<char*>(a.o) + ((out + r) * a.R + at) * 2) =
+                packed;
+          if (at == 0) a.lse[out + r] = mla_lse(whole.x, whole.y);
+        }
       }
     }
-    named_barrier(barrier, 32 * workers);
+    // After the last round the next end's first barrier says that all have read.
+    if (from + parts < kParts) named_barrier(barrier, threads);
   }
 }
 
@@ -351,39 +372,44 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
                           reinterpret_cast<float2(*)[16]>(smem + 512 + kMlaWarps * 128),
                           reinterpret_cast<float*>(smem + kMlaMergeOffset)};
   constexpr int kStepsOffset = 512 + 2 * kMlaWarps * 128;
-  constexpr int kShareOffset = kStepsOffset + kMlaWarps * kMlaMostSlots * sizeof(MlaStep);
-  constexpr int kWalksOffset = kShareOffset + sizeof(MlaShare);
+  constexpr int kSharesOffset = kStepsOffset + kMlaWarps * kMlaMostSlots * sizeof(MlaStep);
+  constexpr int kWalksOffset = kSharesOffset + kMlaWarps * kMlaShareBytes;
   static_assert(kWalksOffset + kMlaWarps * sizeof(MlaWalk) <= kMlaLimitsOffset,
-                "statistics, steps and walks fit before the merge");
+                "statistics, steps, shares and walks fit before the merge");
   MlaWalk* const walks = reinterpret_cast<MlaWalk*>(smem + kWalksOffset);
   const unsigned ring = shared_address(smem + a.ring_offset);
   const unsigned barriers = shared_address(smem + 64);  // a stage each, TMA only
   static_assert(64 + kMlaWarps / 2 * kMlaMostSlots * 8 <= 512, "barriers fit before statistics");
 
-  if (kTma && threadIdx.x == 0) {
+  const MlaPlace me(a, threadIdx.x);
+  if (kTma && me.member == 0 && me.lane == 0 && me.stream < a.streams) {  // who uses them first
 #pragma unroll 1
-    for (int i = 0; i < a.streams * a.slots; ++i) mbarrier_init(barriers + 8 * i, 1);
+    for (int i = 0; i < a.slots; ++i) mbarrier_init(barriers + 8 * (me.stream * a.slots + i), 1);
     mbarrier_init_fence();
   }
   if (!kTma) mla_clear_padding<S>(a, ring);
-  MlaShare& share = *reinterpret_cast<MlaShare*>(smem + kShareOffset);
-  mla_share(a, scratch, share);
   if (threadIdx.x == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
-  __syncthreads();
+  const auto share_of = [&](int warp) -> MlaShare& {
+    return *reinterpret_cast<MlaShare*>(smem + kSharesOffset + warp * kMlaShareBytes);
+  };
+  if (const MlaShare found = mla_share(a, scratch); me.lane == 0) {
+    share_of(me.warp) = found;
+    MlaWalk walk;
+    walk.begin(a, found);
+    walks[me.warp] = walk;
+  }
+  __syncwarp();
 
   // What follows from the thread's index is found anew in every round: registers are scarce.
-  if (MlaPlace(a, threadIdx.x).stream < a.streams) {
+  if (me.stream < a.streams) {
     using Loader = MlaLoader<S>;
     MlaRows<T, S> mine;
-    if (threadIdx.x % 32 == 0) walks[threadIdx.x / 32].begin(a, share);
-    __syncwarp();
     // The slot of the stage to attend to, its phase from bit 8 on, and from bit 16 on how many
     // rounds come before the first.
     int round = (a.slots - 1) << 16;
 #pragma unroll 1
     for (;;) {
       const MlaPlace place(a, thread_index());
-      MlaWalk& walk = walks[place.warp];
       const int ahead = round >> 16, slot = round & 255, slots = a.slots;
       const int member = place.member, lane = place.lane, group = place.group;
       const int team_barrier = 1 + place.stream, team = 32 << a.log_team;  // threads
@@ -397,7 +423,8 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       const auto is_active = [&] { return row() < a.rows; };
       const auto open = [&] {  // while the stage is under way
         __syncwarp();
-        mine.q_address = shared_address(smem) + a.q_offset + group * S::kSteps * 512 + lane * 16;
+        mine.q_address = shared_address(smem) + a.q_offset +
+                         (group * 16 + (lane & 15)) * S::kQPitch + (lane >> 4) * 16;
         if ((step.flags & MlaStep::kFirst) && is_active()) mine.begin(a, step, row(), place);
       };
       // The team's copies of this stage have landed (cp.async: after the barrier), and it is done
@@ -407,15 +434,19 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
         if (!kTma) copy_wait(slots - 2);
         named_barrier(team_barrier, team);
       }
-      if (!kTma || (member == 0 && lane == 0)) {
-        Loader::advance(a, share, walk, place.stream);
-        const int fill = (ahead > 0 ? slots - ahead : slot == 0 ? slots : slot) - 1;
-        const unsigned stage = ring + (first_stage + fill) * S::kStageBytes;
-        if constexpr (kTma)
-          Loader::fetch(a, maps, walk, steps[fill], stage, barriers + (first_stage + fill) * 8);
-        else
-          Loader::copy(a, walk, steps[fill], stage, group);
+      const int fill = (ahead > 0 ? slots - ahead : slot == 0 ? slots : slot) - 1;
+      const unsigned filled = ring + (first_stage + fill) * S::kStageBytes;
+      if (!kTma) __syncwarp();
+      if (lane == 0 && (!kTma || member == 0)) {
+        MlaWalk walk = walks[place.warp];
+        Loader::advance(a, share_of(place.warp), walk, place.stream);
+        if (kTma)
+          Loader::fetch(a, maps, walk, steps[fill], filled, barriers + (first_stage + fill) * 8);
+        Loader::list(a, share_of(place.warp), walk);
+        walks[place.warp] = walk;
       }
+      if (!kTma) __syncwarp();
+      if (!kTma) Loader::copy(a, walks[place.warp], steps[fill], filled, group);
       if (!kTma) copy_commit();
       if (ahead > 0) {
         round -= 1 << 16;
@@ -445,7 +476,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       round = slot + 1 < slots ? round + 1 : (round ^ 256) & 256;
     }
   }
-  mla_write_empty<T>(a);
+  if (share_of(thread_index() / 32).has_empty) mla_write_empty<T>(a);
 }
 
 }  // namespace

@@ -61,6 +61,10 @@ inline Status mla_arguments(const MlaDecodeParams& p, const MlaDecodeConfig& c, 
   a.passes = c.passes, a.halves = c.halves, a.groups = c.groups;
   a.log_groups = log2(c.groups), a.log_team = log2(c.groups * c.halves);
   a.streams = c.streams, a.slots = c.slots, a.least = c.split > 0 ? 0 : log2(c.streams);
+  a.ctas = mla_divisor(c.ctas), a.merge_parts = c.merge_parts;
+  std::int64_t alignment = reinterpret_cast<std::intptr_t>(p.q);
+  for (int d = 0; d < 3; ++d) alignment |= p.q_stride[d] * 2;
+  a.q_is_aligned = alignment % 16 == 0;
   a.q_offset = c.q_offset, a.ring_offset = c.ring_offset, a.item_cost = c.item_cost;
   a.pieces = static_cast<int>(c.pieces), a.unit_count = static_cast<int>(c.units);
   a.is_split = c.split > 0, a.unit_per_item = c.unit_per_item;

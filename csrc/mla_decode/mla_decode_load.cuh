@@ -32,6 +32,7 @@ struct MlaShape {
   static constexpr int kStageBytes = kStage * kWidth * 2;
   static constexpr int kSteps = kWidth / 16;
   static constexpr bool kQFromSmem = kRank >= kMlaQFromSmem;
+  static constexpr int kQPitch = mla_q_pitch(kWidth);
   static_assert(kRank % 32 == 0 && kWidth % 32 == 0 && kRank <= kTiles * 64,
                 "the latent lies in whole tiles");
 };
@@ -44,36 +45,40 @@ constexpr int kMlaTableAhead = 512;  // tokens
 template <typename S>
 struct MlaLoader {
   // To the stream's next stage.  Every piece has one at least, be it empty: all streams attend the
-  // end of a piece.
+  // end of a piece.  One lane.
   static __device__ __forceinline__ void advance(const MlaArgs& a, const MlaShare& s, MlaWalk& walk,
                                                  int stream) {
-    if (!S::kTma) __syncwarp();
-    if ((S::kTma || threadIdx.x % 32 == 0) && walk.flags != MlaStep::kStop) {
-      int token = walk.stage + S::kStage * a.streams;
-      int flags = 0;
-      if (token >= walk.end) {
-        if (walk.advance(a, s)) {
-          flags = MlaStep::kFirst;
-          if (threadIdx.x == 0 && walk.token == 0) walk.list(a, s);
-        } else {
-          flags = MlaStep::kStop;
-          walk.end = 0;
-        }
-        token = walk.token + S::kStage * stream;
+    if (walk.flags == MlaStep::kStop) return;
+    int token = walk.stage + S::kStage * a.streams;
+    int flags = 0;
+    if (token >= walk.end) {
+      if (walk.advance(a, s)) {
+        flags = MlaStep::kFirst;
+      } else {
+        flags = MlaStep::kStop;
+        walk.end = 0;
       }
-      if (flags != MlaStep::kStop && token + S::kStage * a.streams >= walk.end)
-        flags |= MlaStep::kLast;
-      walk.stage = token, walk.flags = flags;
+      token = walk.token + S::kStage * stream;
     }
-    if (!S::kTma) __syncwarp();
+    if (flags != MlaStep::kStop && token + S::kStage * a.streams >= walk.end)
+      flags |= MlaStep::kLast;
+    walk.stage = token, walk.flags = flags;
   }
-  // The page of a cached token.  Neighbours of it are needed soon after and then lie in L1; the
-  // next line of the table is asked for in time.
+  // Lists an item that has just been opened for the combination.
+  static __device__ __forceinline__ void list(const MlaArgs& a, const MlaShare& s,
+                                              const MlaWalk& walk) {
+    if (threadIdx.x == 0 && (walk.flags & MlaStep::kFirst) && walk.token == 0) walk.list(a, s);
+  }
+  // The table's entry for a cached token.  Neighbours of it are needed soon after and then lie in
+  // L1; the next line of the table is asked for in time.
   static __device__ __forceinline__ int page(const MlaArgs& a, const MlaWalk& walk, int token) {
     const std::int32_t* const table = a.block_table + walk.b * a.table_stride;
-    prefetch_l2(table + a.page.quotient(min(token + kMlaTableAhead, walk.end - 1)));
     const int entry = token < walk.end ? __ldg(table + a.page.quotient(token)) : 0;
-    return min(max(entry, 0), a.pages - 1);
+    prefetch_l2(table + a.page.quotient(min(token + kMlaTableAhead, walk.end - 1)));
+    return entry;
+  }
+  static __device__ __forceinline__ int valid(const MlaArgs& a, int page) {
+    return min(max(page, 0), a.pages - 1);
   }
   // Starts the TMA of the next stage, which arrives at the barrier `full`.  Rows past the end of
   // the sequence come as they lie in the page.  One lane.
@@ -81,10 +86,12 @@ struct MlaLoader {
                                                const MlaWalk& walk, MlaStep& step, unsigned stage,
                                                unsigned full) {
     const bool is_empty = walk.stage >= walk.end;
+    int page = 0, row = 0;  // asked for first: nothing takes longer
+    if (!is_empty) page = MlaLoader::page(a, walk, walk.stage), row = a.page.rest(walk.stage);
     step.note(a, walk);
     mbarrier_expect(full, is_empty ? 0 : S::kStageBytes);
     if (is_empty) return;
-    const int page = MlaLoader::page(a, walk, walk.stage), row = a.page.rest(walk.stage);
+    page = valid(a, page);
 #pragma unroll
     for (int tile = 0; tile < S::kTiles; ++tile)
       tma_load(stage + tile * S::kTileBytes, &maps.tile, full, tile * 64, row, page);
@@ -98,7 +105,8 @@ struct MlaLoader {
     if (lane == 0) step.note(a, walk);
     const int token = walk.stage, end = walk.end;
     if (token >= end) return;
-    const int page = MlaLoader::page(a, walk, token + lane), row = a.page.rest(token + lane);
+    const int page = valid(a, MlaLoader::page(a, walk, token + lane));
+    const int row = a.page.rest(token + lane);
     const std::int64_t mine = 2 * (page * a.page_stride + row * a.row_stride);
     const int shift = 2 * (S::kRank - a.R);  // rope columns lie closer
 #pragma unroll 1
@@ -142,6 +150,7 @@ __device__ __forceinline__ void mla_clear_padding(const MlaArgs& a, unsigned rin
                                          : S::kHalfOffset + r * 64 + ((u ^ (r >> 1 & 3)) << 4);
     store_shared(stage + at, zeros);
   }
+  __syncthreads();
 }
 
 // Zeros in the rows of a stage from `first` on, by the `threads` threads of a team: what a page

@@ -34,23 +34,26 @@ struct MlaArgs {
   MlaUnit* units;
   std::int64_t q_stride[3], page_stride, row_stride, table_stride, seq_lens_stride;
   MlaDivisor page, unit, heads;  // unit: tokens of a unit of the line, a stage or a piece
+  MlaDivisor ctas;               // of the grid
   int batch, tokens, rows;       // tokens: new ones of a sequence; rows: tokens x heads
   int R, E, pages;
   int max_tokens;  // of a sequence: what the block table has room for
   int passes, halves, groups, log_groups, log_team;  // team: groups x halves
   int streams, slots, least;                         // log2 of the units that a CTA is woken for
-  int q_offset, ring_offset, item_cost, pieces;
-  int unit_count;  // that the combination looks at; 0: there is none
-  bool is_split, unit_per_item;
-  float scale;  // to base 2
+  int q_offset, ring_offset, merge_parts, item_cost, pieces;
+  int unit_count;                              // that the combination looks at; 0: there is none
+  bool is_split, unit_per_item, q_is_aligned;  // to 16 bytes
+  float scale;                                 // to base 2
 };
 
-struct MlaShare {
+struct alignas(16) MlaShare {
   int low, high;      // units of this CTA
   int each, larger;   // of a CTA at least; CTAs that have one more, the first ones
   int batch, start;   // the first sequence of the share and where it starts on the line
   int length, units;  // of it
+  bool has_empty;     // some sequence of the batch has no token
 };
+constexpr int kMlaShareBytes = sizeof(MlaShare);
 
 __device__ __forceinline__ int mla_length(const MlaArgs& a, int b) {
   const int length = __ldg(a.seq_lens + b * a.seq_lens_stride);
@@ -65,54 +68,96 @@ __device__ __forceinline__ int mla_weight(const MlaArgs& a, int units) {
   return units == 0 ? 0 : a.passes * (units + a.item_cost);
 }
 
-// This CTA's share.  All threads call it, and a barrier follows; `scratch` is shared memory for
-// kMlaWarps ints.  One look at the lengths, thread t at the t-th of equal runs of sequences.
-__device__ __forceinline__ void mla_share(const MlaArgs& a, int* scratch, MlaShare& s) {
+// Batches up to here: every warp looks at all lengths, and no warp waits for another.
+constexpr int kMlaWarpBatch = 256;
+
+// This CTA's share, by one look at the lengths: every thread takes one of equal runs of sequences.
+// All threads call it; `scratch` is shared memory for kMlaWarps + 4 ints.
+__device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int run = (a.batch + 32 * kMlaWarps - 1) / (32 * kMlaWarps);
-  const int first = min(thread * run, a.batch), last = min(first + run, a.batch);
+  const bool is_alone = a.batch <= kMlaWarpBatch;
+  const int me = is_alone ? lane : thread, log_runs = is_alone ? 5 : 8;
+  const int run = (a.batch + (1 << log_runs) - 1) >> log_runs;
+  const int first = min(me * run, a.batch), last = min(first + run, a.batch);
   int sum = 0;
+  bool has_empty = false;
+  constexpr int kAtOnce = 4;
 #pragma unroll 1
-  for (int b = first; b < last; ++b) sum += mla_weight(a, mla_units(a, mla_length(a, b)));
+  for (int b = first; b < last; b += kAtOnce) {
+    int length[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) length[n] = b + n < last ? mla_length(a, b + n) : 0;
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      has_empty |= b + n < last && length[n] == 0;
+      sum += mla_weight(a, mla_units(a, length[n]));
+    }
+  }
+  MlaShare s;
   int before = sum;  // of the threads up to this one
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const int below = __shfl_up_sync(0xffffffffu, before, d);
     if (lane >= d) before += below;
   }
-  if (lane == 31) scratch[warp] = before;
-  __syncthreads();
+  int total = __shfl_sync(0xffffffffu, before, 31);
   before -= sum;
-  int total = 0;
+  if (is_alone) {
+    s.has_empty = __any_sync(0xffffffffu, has_empty);
+  } else {
+    if (lane == 0) scratch[warp] = total;
+    s.has_empty = __syncthreads_or(has_empty);
+    total = 0;
 #pragma unroll
-  for (int w = 0; w < kMlaWarps; ++w) {
-    const int v = scratch[w];
-    if (w < warp) before += v;
-    total += v;
-  }
-  const int ctas = max(1, min(static_cast<int>(gridDim.x), total >> a.least));
-  const int each = total / ctas, larger = total - each * ctas, cta = blockIdx.x;
-  const int low = each * cta + min(cta, larger);
-  const int high = cta < ctas ? low + each + (cta < larger) : low;
-  if (thread == 0) {
-    s.low = low, s.high = high, s.each = each, s.larger = larger;
-    if (low >= high) s.batch = a.batch, s.start = high, s.length = s.units = 0;
-  }
-  if (low >= high || low < before || low >= before + sum) return;
-#pragma unroll 1
-  for (int b = first;; ++b) {
-    const int length = mla_length(a, b), units = mla_units(a, length);
-    const int weight = mla_weight(a, units);
-    if (low < before + weight) {
-      s.batch = b, s.start = before, s.length = length, s.units = units;
-      return;
+    for (int w = 0; w < kMlaWarps; ++w) {
+      const int v = scratch[w];
+      if (w < warp) before += v;
+      total += v;
     }
-    before += weight;
   }
+  const int cta = blockIdx.x;
+  int ctas = total >> a.least;  // that have something to do
+  if (ctas >= a.ctas.divisor) {
+    ctas = a.ctas.divisor, s.each = a.ctas.quotient(total);
+    s.larger = total - s.each * ctas;
+  } else {
+    ctas = max(ctas, 1), s.each = ctas == 1 ? total : 1 << a.least;
+    s.larger = total - s.each * ctas;
+#pragma unroll 1
+    while (s.larger >= ctas) s.larger -= ctas, ++s.each;
+  }
+  s.low = s.each * cta + min(cta, s.larger);
+  s.high = cta < ctas ? s.low + s.each + (cta < s.larger) : s.low;
+  s.batch = a.batch, s.start = s.high, s.length = s.units = 0;
+  const bool is_mine = s.low < s.high && s.low >= before && s.low < before + sum;
+  if (is_mine) {
+#pragma unroll 1
+    for (int b = first;; ++b) {
+      s.batch = b, s.start = before, s.length = mla_length(a, b);
+      s.units = mla_units(a, s.length);
+      before += mla_weight(a, s.units);
+      if (s.low < before) break;
+    }
+  }
+  if (is_alone) {
+    const unsigned who = __ballot_sync(0xffffffffu, is_mine);
+    const int from = who == 0 ? 0 : __ffs(who) - 1;
+    s.batch = __shfl_sync(0xffffffffu, s.batch, from);
+    s.start = __shfl_sync(0xffffffffu, s.start, from);
+    s.length = __shfl_sync(0xffffffffu, s.length, from);
+    s.units = __shfl_sync(0xffffffffu, s.units, from);
+  } else {
+    int* const found = scratch + kMlaWarps;
+    if (is_mine) found[0] = s.batch, found[1] = s.start, found[2] = s.length, found[3] = s.units;
+    __syncthreads();
+    if (s.low < s.high) s.batch = found[0], s.start = found[1], s.length = found[2];
+    if (s.low < s.high) s.units = found[3];
+  }
+  return s;
 }
 
 // What the warps of a team know of a stage in their ring.
-struct MlaStep {
+struct alignas(16) MlaStep {
   static constexpr int kFirst = 1, kLast = 2, kStop = 4;  // of a piece; after all pieces
   int token, end;  // of the stage, of the piece; none left: the stream has no token of the piece
   int length, b, pass, flags;
@@ -122,8 +167,8 @@ struct MlaStep {
 };
 
 // Walks the pieces of a share in order.  It lies in shared memory, where it takes no registers from
-// the products; one lane moves it.
-struct MlaWalk {
+// the products; one lane moves it, whole: field by field every step would wait for the one before.
+struct alignas(16) MlaWalk {
   int b, pass, start;     // the item and where it starts on the line
   int length, units;      // of the item
   int from, next, until;  // its units of this share: the first, the next one, the end
@@ -199,9 +244,7 @@ struct MlaWalk {
 };
 
 __device__ __forceinline__ void MlaStep::note(const MlaArgs& a, const MlaWalk& walk) {
-  token = walk.stage, end = walk.end, length = walk.length, b = walk.b, pass = walk.pass;
-  flags = walk.flags;
-  partial = walk.partial(a);
+  *this = {walk.stage, walk.end, walk.length, walk.b, walk.pass, walk.flags, walk.partial(a)};
 }
 
 }  // namespace

@@ -130,6 +130,12 @@ void mla_decode_tiles_fit() {
               const auto r = static_cast<long>(rank), e = static_cast<long>(rope);
               EXPECT(c.rank >= rank && c.rope >= rope, "%ld + %ld", r, e);
               EXPECT(c.smem_bytes <= smem && c.slots >= 2, "%ld + %ld in %d", r, e, smem);
+              const int width = c.rank + c.rope, parts = c.rank / 32;
+              EXPECT(c.merge_parts >= 1 && c.merge_parts <= parts, "%ld + %ld", r, e);
+              EXPECT(c.q_offset % 1024 == 0 && c.ring_offset % 1024 == 0, "%ld + %ld", r, e);
+              EXPECT(c.q_offset >= zebra::kMlaMergeOffset + zebra::mla_merge_bytes(c.merge_parts) &&
+                         c.ring_offset >= c.q_offset + zebra::mla_q_bytes(c.groups, width),
+                     "%ld + %ld", r, e);
               EXPECT(c.streams >= 1 && c.streams * c.groups * c.halves <= zebra::kMlaWarps,
                      "%ld + %ld", r, e);
               EXPECT(std::int64_t{16} * c.groups * c.passes >= rows, "%ld rows",
@@ -140,10 +146,11 @@ void mla_decode_tiles_fit() {
                      static_cast<long>(split));
               EXPECT(c.ctas >= 1 && c.ctas <= 132, "batch %ld", static_cast<long>(batch));
             }
-  // 32 rows of the 8B model: four streams of three stages on Hopper.
+  // 32 rows of the 8B model: four streams of two stages on Hopper, whole rows added at once.
   constexpr zebra::MlaDecodeConfig c = zebra::select_mla_decode_config(
       {64, 32, 160, 64, 8192, 0, false}, 132, zebra::kMlaSm90SmemBytes);
-  static_assert(c.groups == 2 && c.streams == 4 && c.slots == 3 && c.passes == 1, "8B");
+  static_assert(c.groups == 2 && c.streams == 4 && c.slots == 2 && c.passes == 1, "8B");
+  static_assert(c.merge_parts == 5, "8B");
 }
 
 // Every output belongs to one unit, every step along K to one CTA, and no product reads past the

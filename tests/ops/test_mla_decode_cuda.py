@@ -105,8 +105,8 @@ def test_tiles_of_the_8b_model():
 
     shape = {"batch": 64, "rows": 32, "rank": 160, "rope": 64, "max_tokens": 8192}
     c = _C.select_config("mla_decode", **shape)
-    assert (c["stage"], c["groups"], c["streams"], c["slots"], c["ctas"]) == (32, 2, 4, 3, 128)
+    assert (c["stage"], c["groups"], c["streams"], c["slots"], c["ctas"]) == (32, 2, 4, 2, 128)
     c = _C.select_config("mla_decode", **shape, tma=True)
-    assert (c["stage"], c["halves"], c["streams"], c["slots"]) == (64, 2, 2, 3)
+    assert (c["stage"], c["halves"], c["streams"], c["slots"], c["merge_parts"]) == (64, 2, 2, 2, 5)
     with pytest.raises(ValueError, match="ranks up to 256"):
         _C.select_config("mla_decode", **shape | {"rank": 512})
