@@ -120,6 +120,7 @@ class HybridCache:
 
     is_compileable = False  # generate(): the loop itself is not compiled
     is_croppable = False  # an SSM state cannot forget its last tokens
+    is_linear = (False,)  # generate(): get_seq_length() is known even where all layers are SSMs
 
     def __init__(
         self,

@@ -1,5 +1,11 @@
+import logging
+import warnings
+
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
+
+from zebra.models.cache_name import CACHE_NAME, CACHE_NAMES
 
 
 def prompts(device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,14 +43,42 @@ def test_generate_without_cache_gives_the_same_tokens(make_model, device) -> Non
     assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False, **OPTIONS), cached)
 
 
-def test_generate_continues_from_a_cache(make_model, device) -> None:
-    model, (ids, mask) = make_model(), prompts(device)
+@pytest.mark.parametrize("layer_types", [None, ["mamba2"] * 4], ids=str)
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_generate_continues_from_a_cache(make_model, device, name, layer_types) -> None:
+    model = make_model(**({} if layer_types is None else {"layer_types": layer_types}))
+    ids, mask = prompts(device)
     want = model.generate(ids, attention_mask=mask, **OPTIONS)
     cache = model.new_cache(3, 32)
     with torch.no_grad():
-        model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
-    got = model.generate(ids, attention_mask=mask, past_key_values=cache, **OPTIONS)
+        model(ids[:, :5], attention_mask=mask[:, :5], **{name: cache})
+    got = model.generate(ids, attention_mask=mask, **{name: cache}, **OPTIONS)
     assert torch.equal(got, want)
+    assert cache.get_seq_length() == 8 + 10 - 1  # the last token was never fed
+
+
+@pytest.mark.skipif(CACHE_NAME == "cache", reason="transformers drops the old name and warns")
+def test_generate_refuses_a_cache_under_both_names(make_model, device) -> None:
+    model, (ids, _) = make_model(), prompts(device)
+    caches = {name: model.new_cache(3, 32) for name in CACHE_NAMES}
+    with pytest.raises(ValueError, match="generate: pass at most one of cache and past_key_values"):
+        model.generate(ids, **caches, **OPTIONS)
+
+
+def test_generate_warns_of_nothing(make_model, device, caplog) -> None:
+    """Its own cache has the name that transformers expects, so no deprecation is met."""
+    model, (ids, mask) = make_model(), prompts(device)
+    transformers_logging.warning_once.cache_clear()  # or it hides what an earlier test met
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)  # its records do not reach the root
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **OPTIONS)
+    finally:
+        library.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert out[CACHE_NAME] is not None
 
 
 def test_chunked_prefill_gives_the_same_tokens(make_model, device) -> None:
@@ -77,7 +111,7 @@ def test_generate_under_autocast_stores_its_dtype(make_model, device) -> None:
         out = model.generate(
             ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **OPTIONS
         )
-    stored = {layer.pages.dtype for layer in out.past_key_values.layers if hasattr(layer, "pages")}
+    stored = {layer.pages.dtype for layer in out[CACHE_NAME].layers if hasattr(layer, "pages")}
     assert stored == {torch.bfloat16}
     sequence = out.sequences[1, 3:-1]  # the logits must be those of what was generated
     with torch.no_grad():

@@ -1,10 +1,12 @@
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
 from tolerances import factor
 
 from zebra.models import ZebraForCausalLM
+from zebra.models.cache_name import CACHE_NAME, CACHE_NAMES
 from zebra.testing import assert_close, relative_error
 
 KINDS = {
@@ -273,6 +275,18 @@ def test_cache_is_not_made_where_gradients_flow(make_model, device) -> None:
         assert model(ids, use_cache=False).past_key_values is None
 
 
+@torch.no_grad()
+def test_the_cache_has_the_names_that_transformers_gives_it(make_model, device) -> None:
+    model, ids = make_model(), tokens(1, 4, device=device)
+    out, hidden = model(ids), model.model(ids)
+    assert out.past_key_values is out[CACHE_NAME] is getattr(out, CACHE_NAME)
+    assert hidden.past_key_values is hidden[CACHE_NAME]
+    assert list(out.keys()) == ["logits", CACHE_NAME]
+    steps = [model(ids[:, :1], **{name: deepcopy(out[CACHE_NAME])}).logits for name in CACHE_NAMES]
+    assert torch.equal(*steps)
+    assert model.config.keys_to_ignore_at_inference == list(CACHE_NAMES)
+
+
 def test_contradictory_inputs_are_refused(make_model, device) -> None:
     model, ids = make_model(), tokens(2, 4, device=device)
     cu = torch.tensor([0, 4], dtype=torch.int32, device=device)
@@ -285,7 +299,12 @@ def test_contradictory_inputs_are_refused(make_model, device) -> None:
         "must cover the 4 new tokens": lambda: model(ids, attention_mask=ones[:, :3]),
         r"attention_mask must be \[2, tokens\]": lambda: model(ids, attention_mask=ones[0]),
         "output_attentions": lambda: model(ids, output_attentions=True),
-        "must be a HybridCache": lambda: model(ids, past_key_values=object()),
+        r"cache \(past_key_values\) must be a HybridCache.*got object": lambda: model(
+            ids, past_key_values=object()
+        ),
+        "pass at most one of cache and past_key_values": lambda: model(
+            ids, past_key_values=model.new_cache(2, 8), cache=model.new_cache(2, 8)
+        ),
         "leave logits_to_keep at 0": lambda: model(ids, labels=ids, logits_to_keep=1),
         r"\[sum\(new_lens\)\] = \[4\]": lambda: model.prefill(
             ids[0], [3, 1, 0], model.new_cache(3, 8)

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from zebra.cache import LayerSpec, PagedSpec, StateSpec
 from zebra.layers.mlp import ACTIVATIONS
 from zebra.layers.rope import rope_frequencies
+from zebra.models.cache_name import CACHE_NAMES
 
 LAYER_TYPES = ("mla", "mamba2", "attention")
 
@@ -93,7 +94,7 @@ class ZebraConfig(PretrainedConfig):
     """
 
     model_type = "zebra"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own form)
+    keys_to_ignore_at_inference = [*CACHE_NAMES]  # noqa: RUF012  (transformers' own form)
     has_no_defaults_at_init = False
 
     def __init__(

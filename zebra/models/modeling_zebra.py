@@ -17,6 +17,7 @@ from zebra.cache import CacheRows, HybridCache
 from zebra.layers import Mamba2Mixer, RMSNorm, RotaryEmbedding
 from zebra.layers.dtypes import autocast
 from zebra.layers.mamba2 import HeadNormWeight
+from zebra.models.cache_name import CACHE_NAME, CACHE_NAMES, one_cache
 from zebra.models.checkpoint import official_config
 from zebra.models.configuration_zebra import ZebraConfig
 from zebra.models.decoder_layer import ZebraDecoderLayer
@@ -32,7 +33,7 @@ class ZebraOutput(CausalLMOutputWithPast):
         loss: Mean next-token cross entropy in nats, where labels are given.
         logits: [B, T or logits_to_keep, vocab_size] (ZebraForCausalLM).
         last_hidden_state: [B, T, hidden_size] after the final norm (ZebraModel).
-        past_key_values: The :class:`HybridCache`.
+        past_key_values: The :class:`HybridCache`; from transformers 5.24 on also ``cache``.
         hidden_states: With output_hidden_states, the state entering every layer, then the state
             after the final norm.
         mixer_outputs: With output_mixer_outputs, what every token mixer added to the stream.
@@ -50,7 +51,7 @@ class ZebraPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["ZebraDecoderLayer"]  # noqa: RUF012  (transformers' own form)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [*CACHE_NAMES]  # noqa: RUF012
     # exp(-exp(A_log) * dt) over thousands of tokens: bf16 would change the decay rates
     _keep_in_fp32_modules_strict = {"A_log", "D", "dt_bias"}  # noqa: RUF012
     # views of kv_b_proj that the authors' inference code saves beside it
@@ -158,6 +159,7 @@ class ZebraModel(ZebraPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_mixer_outputs: bool = False,
+        cache: HybridCache | None = None,
         **kwargs: Any,
     ) -> ZebraOutput:
         """Run the decoder.
@@ -173,6 +175,7 @@ class ZebraModel(ZebraPreTrainedModel):
             cu_seqlens: [n_seq + 1] int32 bounds of sequences packed in one row (B = 1).
             output_hidden_states: Return the state entering every layer and the final one.
             output_mixer_outputs: Return what every token mixer added to the stream.
+            cache: Another name of past_key_values, that of transformers since 5.24.
             **kwargs: Ignored unless set; output_attentions is refused.
 
         Raises:
@@ -188,7 +191,8 @@ class ZebraModel(ZebraPreTrainedModel):
                 f"ZebraModel: sequences must have at most max_position_embeddings = "
                 f"{self.config.max_position_embeddings} tokens, got {hidden.size(1)}"
             )
-        cache = self._resolve_cache(past_key_values, use_cache, hidden, cu_seqlens)
+        cache = one_cache("ZebraModel", cache, past_key_values)
+        cache = self._resolve_cache(cache, use_cache, hidden, cu_seqlens)
         packing = Packing.of(attention_mask, hidden, cu_seqlens)
         if position_ids is not None:
             position_ids = position_ids.expand(hidden.size(0), -1)
@@ -226,9 +230,9 @@ class ZebraModel(ZebraPreTrainedModel):
             states.append(hidden)
         return ZebraOutput(
             last_hidden_state=hidden,
-            past_key_values=cast(Any, cache),  # not a subclass of transformers' Cache
             hidden_states=tuple(states) if output_hidden_states else None,
             mixer_outputs=tuple(mixed) if output_mixer_outputs else None,
+            **{CACHE_NAME: cast(Any, cache)},  # not a subclass of transformers' Cache
         )
 
     @torch.no_grad()
@@ -304,7 +308,7 @@ class ZebraModel(ZebraPreTrainedModel):
             return self.new_cache(hidden.size(0), hidden.size(1) + 64, growable=True)
         if not isinstance(cache, HybridCache):
             raise ValueError(
-                f"ZebraModel: past_key_values must be a HybridCache (model.new_cache), "
+                f"ZebraModel: cache (past_key_values) must be a HybridCache (model.new_cache), "
                 f"got {type(cache).__name__}"
             )
         if grad:
@@ -313,7 +317,7 @@ class ZebraModel(ZebraPreTrainedModel):
             )
         if hidden.size(0) > cache.max_batch:
             raise ValueError(
-                f"ZebraModel: past_key_values holds {cache.max_batch} sequences, "
+                f"ZebraModel: cache (past_key_values) holds {cache.max_batch} sequences, "
                 f"the batch has {hidden.size(0)}"
             )
         return cache
@@ -350,6 +354,7 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_mixer_outputs: bool = False,
         return_dict: bool | None = None,
+        cache: HybridCache | None = None,
         **kwargs: Any,
     ) -> ZebraOutput | tuple[Any, ...]:
         """Return the logits, and the loss where labels are given.
@@ -369,6 +374,7 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):
             output_hidden_states: See there.
             output_mixer_outputs: See there.
             return_dict: False returns a tuple.
+            cache: See ``ZebraModel.forward``.
             **kwargs: num_items_in_batch divides the summed loss; see ``ZebraModel.forward``.
 
         Returns:
@@ -387,6 +393,7 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):
             cu_seqlens,
             output_hidden_states,
             output_mixer_outputs,
+            cache,
             **kwargs,
         )
         hidden = out.last_hidden_state
@@ -403,9 +410,9 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):
         output = ZebraOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             mixer_outputs=out.mixer_outputs,
+            **{CACHE_NAME: getattr(out, CACHE_NAME)},
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -443,9 +450,11 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):
                 f"ZebraForCausalLM.generate: cache_implementation is not supported (the model has "
                 f"its own HybridCache), got {generation_config.cache_implementation!r}"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+        given = (model_kwargs.pop(name, None) for name in CACHE_NAMES)
+        cache = one_cache("ZebraForCausalLM.generate", *given)
+        if cache is None and generation_config.use_cache:
             beams, returned = generation_config.num_beams, generation_config.num_return_sequences
             copies = max(beams or 1, returned or 1)
-            model_kwargs["past_key_values"] = self.new_cache(
-                batch_size * copies, max_cache_length + 1, growable=True
-            )
+            cache = self.new_cache(batch_size * copies, max_cache_length + 1, growable=True)
+        if cache is not None:
+            model_kwargs[CACHE_NAME] = cache
