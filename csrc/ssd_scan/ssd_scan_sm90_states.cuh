@@ -115,7 +115,7 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
       arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
       ++number;
       if (left > 2) {
-        if (left > 1) wait_decays<kHeads>(base, number);
+        wait_decays<kHeads>(base, number);
         scale(first, 0);
       }
       wgmma_wait<0>(h);

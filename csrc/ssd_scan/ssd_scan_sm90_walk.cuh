@@ -100,6 +100,7 @@ struct Pieces {
     item = place[0], left = place[1];
     at.bundle = place[2], at.sequence = place[3], at.grain = place[4];
     head = place[5], sequence = place[6], last = place[7];
+    __syncwarp();  // before the next piece takes the place
   }
 
   // Of the grains of a unit that ends at `end`, those it leaves of an unfinished sequence.
