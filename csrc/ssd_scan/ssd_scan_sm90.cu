@@ -19,6 +19,7 @@
 // Bound          HBM by bytes (3090 clk a chunk); measured, the chain of the state warps.
 // Measured       docs/kernels/ssd_scan.md and benchmarks/results/.
 #include <cstring>
+#include <tuple>
 
 #include "common/cuda/launch.h"
 #include "common/sm90/tma.h"
@@ -60,12 +61,32 @@ SsdMachine machine() {
   return {multiprocessors(), kReached * 2 * ghz * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8};
 }
 
+// Planning takes microseconds and calls come in runs of one shape: the last plan is kept.
 SsdScanSm90Config config_of(const SsdScanParams& p) {
-  return select_ssd_scan_sm90_config(
-      {p.batch, p.cu_seqlens == nullptr ? 0 : p.sequences, p.tokens, p.heads, p.x_heads, p.b_heads,
-       p.c_heads, static_cast<int>(p.head_dim), static_cast<int>(p.state_dim),
-       p.norm_weight != nullptr},
-      machine(), env_is_set("ZEBRA_BATCH_INVARIANT"));
+  const SsdScanSm90Shape shape = {p.batch,
+                                  p.cu_seqlens == nullptr ? 0 : p.sequences,
+                                  p.tokens,
+                                  p.heads,
+                                  p.x_heads,
+                                  p.b_heads,
+                                  p.c_heads,
+                                  static_cast<int>(p.head_dim),
+                                  static_cast<int>(p.state_dim),
+                                  p.norm_weight != nullptr};
+  const SsdMachine on = machine();
+  const bool invariant = env_is_set("ZEBRA_BATCH_INVARIANT");
+  const auto key = [&](const SsdScanSm90Shape& s, const SsdMachine& m, bool i) {
+    return std::make_tuple(s.rows, s.sequences, s.tokens, s.heads, s.x_heads, s.b_heads, s.c_heads,
+                           s.head_dim, s.state_dim, s.norm, m.sms, m.gb_s, i);
+  };
+  struct Plan {
+    decltype(key(shape, on, invariant)) of;
+    SsdScanSm90Config config;
+  };
+  static thread_local Plan last = {};
+  const auto wanted = key(shape, on, invariant);
+  if (last.of != wanted) last = {wanted, select_ssd_scan_sm90_config(shape, on, invariant)};
+  return last.config;
 }
 
 // A [B, T, heads, dim] tensor in boxes of 64 tokens x `box` columns of one head.
