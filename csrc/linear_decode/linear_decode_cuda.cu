@@ -13,6 +13,7 @@
 // Bound          HBM by bytes; in truth the latency of few CTAs where W has few rows.
 // Measured       not yet.
 #include "common/cuda/launch.h"
+#include "common/cuda/mma.cuh"
 #include "common/cuda/vec.cuh"
 #include "linear_decode/linear_decode.h"
 #include "linear_decode/linear_decode_config.h"
@@ -21,53 +22,6 @@ namespace zebra {
 namespace {
 
 constexpr int kThreads = 128, kStages = 3;
-
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes from global memory; zeros where `is_valid` is false (`src` is then not read).
-__device__ __forceinline__ void copy_async(void* dst, const void* src, bool is_valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
-               "r"(is_valid ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void copy_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-__device__ __forceinline__ void copy_wait_all_but_one() {
-  asm volatile("cp.async.wait_group 1;" ::: "memory");
-}
-
-// 8 x 8 blocks; lane l gives the address of row l % 8 of block l / 8.
-__device__ __forceinline__ void load_blocks(unsigned (&r)[4], const void* address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(address))
-               : "memory");
-}
-__device__ __forceinline__ void load_blocks(unsigned (&r)[2], const void* address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(address))
-               : "memory");
-}
-
-// d[16 x 8] += a[16 x 16] b[16 x 8]
-template <typename T>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4],
-                                             const unsigned (&b)[2]) {
-#define ZEBRA_MMA(TYPE)                                                      \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    ZEBRA_MMA("bf16");
-  else
-    ZEBRA_MMA("f16");
-#undef ZEBRA_MMA
-}
 
 // kAligned: rows of x and W in units of 16 bytes.
 template <typename T, int kTokens, bool kSwiglu, bool kAligned>
@@ -93,7 +47,8 @@ struct LinearTile {
                                             bool is_row) const {
     if constexpr (kAligned) {
       const bool valid = is_row && k < p.K;
-      copy_async(to, valid ? row + k : static_cast<const T*>(p.x), valid);
+      const T* const from = valid ? row + k : static_cast<const T*>(p.x);
+      cp_async_16(smem_addr(to), from, valid);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) to[i] = is_row && k + i < p.K ? row[k + i] : from_float<T>(0.f);
@@ -111,7 +66,7 @@ struct LinearTile {
       const T* const from = is_x ? x + at * p.x_stride : w + (skip + at) * p.weight_stride;
       load_unit(row_of(stage, row) + unit, from, k0 + unit, at < (is_x ? p.rows : p.outputs));
     }
-    copy_commit();
+    cp_async_commit();
   }
 
   // x times the gain, and the sums of squares of the rows that this thread touches.
@@ -146,14 +101,15 @@ struct LinearTile {
       unsigned a[kParts][4];
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
-        load_blocks(a[part], row_of(stage, part * kLinearTileRows + 16 * warp + lane % 16) + k +
-                                 lane / 16 * 8);
+        ldmatrix_x4(a[part],
+                    smem_addr(row_of(stage, part * kLinearTileRows + 16 * warp + lane % 16) + k +
+                              lane / 16 * 8));
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j) {
         unsigned b[2];
-        load_blocks(b, x_row(stage, 8 * j + lane % 8) + k + lane / 8 % 2 * 8);
+        ldmatrix_x2(b, smem_addr(x_row(stage, 8 * j + lane % 8) + k + lane / 8 % 2 * 8));
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) multiply_add<T>(d[part][j], a[part], b);
+        for (int part = 0; part < kParts; ++part) mma<T>(d[part][j], a[part], b[0], b[1]);
       }
     }
   }
@@ -188,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) linear_decode_kernel(const LinearDec
   for (int s = 0; s < kStages - 1; ++s) tile.load(s, s * kLinearTileK);  // beyond K: zeros
   int stage = 0;
   for (std::int64_t s = 0; s < steps; ++s) {
-    copy_wait_all_but_one();
+    cp_async_wait<1>();
     __syncthreads();
     if (p.norm_weight != nullptr) {
       tile.apply_gain(stage, s * kLinearTileK, squares);

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kLinearNormThreads, 16)
   // 128 bytes a thread and turn; what is in L2 is still seen to change.
   for (int at = threadIdx.x * (128 / sizeof(Gain)); at < K;
        at += kLinearNormThreads * (128 / sizeof(Gain)))
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(gain + at));
+    prefetch_l2(gain + at);
   grid_dependency_wait();
   const T* const row = x + blockIdx.x * stride;
   float squares = 0.f;

@@ -5,7 +5,7 @@
 // other, or tickets that outlive a launch, are not safe beside other streams.
 #pragma once
 
-#include "mla_decode/mla_decode_ptx.cuh"
+#include "common/sm90/ptx.cuh"
 #include "mla_decode/mla_decode_schedule.cuh"
 
 namespace zebra {
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps) mla_combine_kernel(const MlaCo
   const int k0 = thread >> (8 - a.log_lanes);
   const int place = static_cast<int>(blockIdx.y) * wide + (thread & (wide - 1));
   const int row = a.quads.quotient(place), column = place - row * a.quads.divisor;
-  grid_dependency_wait();
+  sm90::grid_dependency_wait();
   const MlaUnit unit = a.units[blockIdx.x];
   if (unit.count < 2) return;
   const int b = a.passes.quotient(unit.item);

@@ -94,7 +94,7 @@ struct MlaRows {
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         const int i = first + n * threads;
-        if (i < 16 * kUnits) store_shared(to + i / kUnits * S::kQPitch + i % kUnits * 16, v[n]);
+        if (i < 16 * kUnits) st_shared_v4(to + i / kUnits * S::kQPitch + i % kUnits * 16, v[n]);
       }
     }
     if (lane < 16)
@@ -107,7 +107,7 @@ struct MlaRows {
     named_barrier(place.group_barrier, threads);
     if constexpr (!S::kQFromSmem) {
 #pragma unroll
-      for (int n = 0; n < S::kSteps; ++n) load_blocks(q[n], q_address + n * 32);
+      for (int n = 0; n < S::kSteps; ++n) ldmatrix_x4(q[n], q_address + n * 32);
     }
   }
 
@@ -151,20 +151,20 @@ struct MlaRows {
       unsigned low[4], high[4];
       if (step < S::kTiles * 4) {
         const unsigned at = (k_tile ^ (step % 4 << 5)) + step / 4 * S::kTileBytes;
-        load_blocks(low, at);
-        load_blocks(high, at + 16 * 128);
+        ldmatrix_x4(low, at);
+        ldmatrix_x4(high, at + 16 * 128);
       } else {
         const unsigned at = k_half ^ (step % 2 << 5);
-        load_blocks(low, at);
-        load_blocks(high, at + 16 * 64);
+        ldmatrix_x4(low, at);
+        ldmatrix_x4(high, at + 16 * 64);
       }
       unsigned from_smem[4];
-      if constexpr (S::kQFromSmem) load_blocks(from_smem, q_address + step * 32);
+      if constexpr (S::kQFromSmem) ldmatrix_x4(from_smem, q_address + step * 32);
       const unsigned (&fragment)[4] = S::kQFromSmem ? from_smem : q[S::kQFromSmem ? 0 : step];
-      multiply_add<T>(s[0], fragment, low[0], low[1]);
-      multiply_add<T>(s[1], fragment, low[2], low[3]);
-      multiply_add<T>(s[2], fragment, high[0], high[1]);
-      multiply_add<T>(s[3], fragment, high[2], high[3]);
+      mma<T>(s[0], fragment, low[0], low[1]);
+      mma<T>(s[1], fragment, low[2], low[3]);
+      mma<T>(s[2], fragment, high[0], high[1]);
+      mma<T>(s[3], fragment, high[2], high[3]);
     }
 
     float top[2] = {-kInfinity, -kInfinity};
@@ -209,9 +209,9 @@ struct MlaRows {
 #pragma unroll
       for (int c = 0; c < S::kRank / 16; ++c) {
         unsigned v[4];
-        load_blocks_t(v, (v_tile ^ (c % 4 << 5)) + c / 4 * S::kTileBytes + half * 16 * 128);
-        multiply_add<T>(o[2 * c], p[half], v[0], v[1]);
-        multiply_add<T>(o[2 * c + 1], p[half], v[2], v[3]);
+        ldmatrix_x4_trans(v, (v_tile ^ (c % 4 << 5)) + c / 4 * S::kTileBytes + half * 16 * 128);
+        mma<T>(o[2 * c], p[half], v[0], v[1]);
+        mma<T>(o[2 * c + 1], p[half], v[2], v[3]);
       }
   }
 };
@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
     mla_decode_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaMaps maps) {
   using S = MlaShape<kRank, kRope, kTma>;
   extern __shared__ __align__(1024) unsigned char smem[];
-  grid_launch_dependents();
+  sm90::grid_launch_dependents();
   int* const scratch = reinterpret_cast<int*>(smem);
   const MlaMerge merge = {reinterpret_cast<float2(*)[16]>(smem + 512),
                           reinterpret_cast<float2(*)[16]>(smem + 512 + kMlaWarps * 128),
@@ -377,15 +377,16 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
   static_assert(kWalksOffset + kMlaWarps * sizeof(MlaWalk) <= kMlaLimitsOffset,
                 "statistics, steps, shares and walks fit before the merge");
   MlaWalk* const walks = reinterpret_cast<MlaWalk*>(smem + kWalksOffset);
-  const unsigned ring = shared_address(smem + a.ring_offset);
-  const unsigned barriers = shared_address(smem + 64);  // a stage each, TMA only
+  const unsigned ring = smem_addr(smem + a.ring_offset);
+  const unsigned barriers = smem_addr(smem + 64);  // a stage each, TMA only
   static_assert(64 + kMlaWarps / 2 * kMlaMostSlots * 8 <= 512, "barriers fit before statistics");
 
   const MlaPlace me(a, threadIdx.x);
   if (kTma && me.member == 0 && me.lane == 0 && me.stream < a.streams) {  // who uses them first
 #pragma unroll 1
-    for (int i = 0; i < a.slots; ++i) mbarrier_init(barriers + 8 * (me.stream * a.slots + i), 1);
-    mbarrier_init_fence();
+    for (int i = 0; i < a.slots; ++i)
+      sm90::mbarrier_init(barriers + 8 * (me.stream * a.slots + i), 1);
+    sm90::mbarrier_init_fence();
   }
   if (!kTma) mla_clear_padding<S>(a, ring);
   if (threadIdx.x == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
@@ -423,15 +424,15 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       const auto is_active = [&] { return row() < a.rows; };
       const auto open = [&] {  // while the stage is under way
         __syncwarp();
-        mine.q_address = shared_address(smem) + a.q_offset +
-                         (group * 16 + (lane & 15)) * S::kQPitch + (lane >> 4) * 16;
+        mine.q_address = smem_addr(smem) + a.q_offset + (group * 16 + (lane & 15)) * S::kQPitch +
+                         (lane >> 4) * 16;
         if ((step.flags & MlaStep::kFirst) && is_active()) mine.begin(a, step, row(), place);
       };
       // The team's copies of this stage have landed (cp.async: after the barrier), and it is done
       // with the stage before, which is refilled.  Steps noted in the rounds before are visible.
       if (ahead == 0) {
         if (!kTma) open();
-        if (!kTma) copy_wait(slots - 2);
+        if (!kTma) mla_copy_wait(slots - 2);
         named_barrier(team_barrier, team);
       }
       const int fill = (ahead > 0 ? slots - ahead : slot == 0 ? slots : slot) - 1;
@@ -447,20 +448,20 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       }
       if (!kTma) __syncwarp();
       if (!kTma) Loader::copy(a, walks[place.warp], steps[fill], filled, group);
-      if (!kTma) copy_commit();
+      if (!kTma) cp_async_commit();
       if (ahead > 0) {
         round -= 1 << 16;
         continue;
       }
       if (kTma) open();
       if (step.flags & MlaStep::kStop) break;
-      if (kTma) mbarrier_wait(barriers + (first_stage + slot) * 8, round >> 8 & 1);
+      if (kTma) sm90::mbarrier_poll(barriers + (first_stage + slot) * 8, round >> 8 & 1);
       __syncwarp();
       const unsigned stage = ring + (first_stage + slot) * S::kStageBytes;
       const int left = step.end - step.token;
       if (kTma && left > 0 && left < S::kStage) {
         mla_clear_tail<S>(stage, left, member * 32 + lane, team);
-        fence_async_proxy();
+        sm90::fence_async_proxy();
         named_barrier(team_barrier, team);
       }
       if (is_active()) {

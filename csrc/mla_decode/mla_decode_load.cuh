@@ -8,7 +8,8 @@
 
 #include <cuda.h>
 
-#include "mla_decode/mla_decode_ptx.cuh"
+#include "common/sm90/ptx.cuh"
+#include "common/sm90/tma.cuh"
 #include "mla_decode/mla_decode_schedule.cuh"
 
 namespace zebra {
@@ -38,6 +39,26 @@ struct MlaShape {
 };
 
 constexpr int kMlaTableAhead = 512;  // tokens
+
+// Waits until at most `pending` of this thread's committed groups of copies are in flight.
+__device__ __forceinline__ void mla_copy_wait(int pending) {
+  switch (pending) {
+    case 0:
+      return cp_async_wait<0>();
+    case 1:
+      return cp_async_wait<1>();
+    case 2:
+      return cp_async_wait<2>();
+    case 3:
+      return cp_async_wait<3>();
+    case 4:
+      return cp_async_wait<4>();
+    case 5:
+      return cp_async_wait<5>();
+    default:
+      return cp_async_wait<6>();
+  }
+}
 
 // Brings the stages of one stream, a few ahead of the warps that use them.  With cp.async every
 // warp of a team copies a part of every stage; with TMA one lane of the team does all of it.
@@ -89,13 +110,14 @@ struct MlaLoader {
     int page = 0, row = 0;  // asked for first: nothing takes longer
     if (!is_empty) page = MlaLoader::page(a, walk, walk.stage), row = a.page.rest(walk.stage);
     step.note(a, walk);
-    mbarrier_expect(full, is_empty ? 0 : S::kStageBytes);
+    sm90::mbarrier_expect(full, is_empty ? 0 : S::kStageBytes);
     if (is_empty) return;
     page = valid(a, page);
 #pragma unroll
     for (int tile = 0; tile < S::kTiles; ++tile)
-      tma_load(stage + tile * S::kTileBytes, &maps.tile, full, tile * 64, row, page);
-    if (S::kHalf) tma_load(stage + S::kHalfOffset, &maps.half, full, S::kTiles * 64, row, page);
+      sm90::tma_load_3d(stage + tile * S::kTileBytes, &maps.tile, full, tile * 64, row, page);
+    if (S::kHalf)
+      sm90::tma_load_3d(stage + S::kHalfOffset, &maps.half, full, S::kTiles * 64, row, page);
   }
 
   // Starts the copy of the next stage.  Rows past the end become zeros.
@@ -122,10 +144,10 @@ struct MlaLoader {
         const char* from = src + tile * 128 - (is_rope ? shift : 0);
         if (tile < S::kTiles) {
           const unsigned to = stage + tile * S::kTileBytes + r * 128 + ((unit ^ (r & 7)) << 4);
-          if (used) copy_async(to, from, valid);
+          if (used) cp_async_16(to, from, valid);
         } else if (unit < 4) {
           const unsigned to = stage + S::kHalfOffset + r * 64 + ((unit ^ (r >> 1 & 3)) << 4);
-          if (used) copy_async(to, from, valid);
+          if (used) cp_async_16(to, from, valid);
         }
       }
     }
@@ -148,7 +170,7 @@ __device__ __forceinline__ void mla_clear_padding(const MlaArgs& a, unsigned rin
     const int r = row % S::kStage, tile = unit / 8, u = unit % 8;
     const unsigned at = tile < S::kTiles ? tile * S::kTileBytes + r * 128 + ((u ^ (r & 7)) << 4)
                                          : S::kHalfOffset + r * 64 + ((u ^ (r >> 1 & 3)) << 4);
-    store_shared(stage + at, zeros);
+    st_shared_v4(stage + at, zeros);
   }
   __syncthreads();
 }
@@ -164,7 +186,7 @@ __device__ __forceinline__ void mla_clear_tail(unsigned stage, int first, int th
     const int r = first + i / kUnits, unit = i % kUnits, tile = unit / 8;
     const unsigned at = tile < S::kTiles ? tile * S::kTileBytes + r * 128 + unit % 8 * 16
                                          : S::kHalfOffset + r * 64 + unit % 8 * 16;
-    store_shared(stage + at, zeros);
+    st_shared_v4(stage + at, zeros);
   }
 }
 

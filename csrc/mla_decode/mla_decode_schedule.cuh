@@ -13,6 +13,14 @@
 namespace zebra {
 namespace {
 
+constexpr unsigned kWarp = 0xffffffffu;
+constexpr float kInfinity = __builtin_huge_valf();
+
+// The natural logarithm of sum 2^reference.
+__device__ __forceinline__ float mla_lse(float reference, float sum) {
+  return (reference + __log2f(sum)) * 0.693147180559945309f;
+}
+
 // What combines the partial results of one item: `first`, then `rest`, `rest + step`, ...
 struct MlaUnit {
   int item;   // sequence * passes + pass
@@ -97,13 +105,13 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
   int before = sum;  // of the threads up to this one
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const int below = __shfl_up_sync(0xffffffffu, before, d);
+    const int below = __shfl_up_sync(kWarp, before, d);
     if (lane >= d) before += below;
   }
-  int total = __shfl_sync(0xffffffffu, before, 31);
+  int total = __shfl_sync(kWarp, before, 31);
   before -= sum;
   if (is_alone) {
-    s.has_empty = __any_sync(0xffffffffu, has_empty);
+    s.has_empty = __any_sync(kWarp, has_empty);
   } else {
     if (lane == 0) scratch[warp] = total;
     s.has_empty = __syncthreads_or(has_empty);
@@ -140,12 +148,12 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
     }
   }
   if (is_alone) {
-    const unsigned who = __ballot_sync(0xffffffffu, is_mine);
+    const unsigned who = __ballot_sync(kWarp, is_mine);
     const int from = who == 0 ? 0 : __ffs(who) - 1;
-    s.batch = __shfl_sync(0xffffffffu, s.batch, from);
-    s.start = __shfl_sync(0xffffffffu, s.start, from);
-    s.length = __shfl_sync(0xffffffffu, s.length, from);
-    s.units = __shfl_sync(0xffffffffu, s.units, from);
+    s.batch = __shfl_sync(kWarp, s.batch, from);
+    s.start = __shfl_sync(kWarp, s.start, from);
+    s.length = __shfl_sync(kWarp, s.length, from);
+    s.units = __shfl_sync(kWarp, s.units, from);
   } else {
     int* const found = scratch + kMlaWarps;
     if (is_mine) found[0] = s.batch, found[1] = s.start, found[2] = s.length, found[3] = s.units;

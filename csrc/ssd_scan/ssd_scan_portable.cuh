@@ -55,7 +55,7 @@ __device__ __forceinline__ void request(unsigned tile, const char* first, std::i
     const unsigned i = threadIdx.x + k * kThreads, row = i / kSegments, segment = i % kSegments;
     const bool is_valid = static_cast<int>(row) < len;
     const char* src = first + (is_valid ? row : 0) * stride + segment * 16;
-    copy_async(at<kDim>(tile, row, segment), src, is_valid);
+    cp_async_16(at<kDim>(tile, row, segment), src, is_valid);
   }
 }
 
@@ -79,13 +79,13 @@ struct ScoreTile {
     for (int k = 0; k < N / 16; k += 2) {
       unsigned c[2][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) load_blocks(c[half], along(c_at, k + half));
+      for (int half = 0; half < 2; ++half) ldmatrix_x4(c[half], along(c_at, k + half));
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         unsigned b[4];
-        load_blocks(b, along(b_at, k) + 8 * block * (2 * N));
-        multiply_add<T>(acc[block], c[0], b[0], b[1]);
-        multiply_add<T>(acc[block], c[1], b[2], b[3]);
+        ldmatrix_x4(b, along(b_at, k) + 8 * block * (2 * N));
+        mma<T>(acc[block], c[0], b[0], b[1]);
+        mma<T>(acc[block], c[1], b[2], b[3]);
       }
     }
 #pragma unroll
@@ -134,8 +134,8 @@ __device__ __forceinline__ void load_columns(Columns& columns, unsigned tile) {
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int k = 0; k < 2; ++k)
-    load_blocks_t(columns[k],
-                  at<P>(tile, 16 * k + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
+    ldmatrix_x4_trans(columns[k],
+                      at<P>(tile, 16 * k + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
 }
 
 // y^T = exp2(s_i) h^T C^T
@@ -153,9 +153,9 @@ __device__ __forceinline__ void read_state(Output& y, const State<N>& h, unsigne
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       unsigned b[4];
-      load_blocks(b, along(c_at, k) + 16 * i * (2 * N));
-      multiply_add<T>(y[2 * i], a, b[0], b[1]);
-      multiply_add<T>(y[2 * i + 1], a, b[2], b[3]);
+      ldmatrix_x4(b, along(c_at, k) + 16 * i * (2 * N));
+      mma<T>(y[2 * i], a, b[0], b[1]);
+      mma<T>(y[2 * i + 1], a, b[2], b[3]);
     }
   }
 #pragma unroll
@@ -173,10 +173,10 @@ __device__ __forceinline__ void add_chunk(Output& y, const Columns& x, unsigned 
 #pragma unroll
     for (int k = 0; k <= i; ++k) {
       unsigned b[4];
-      load_blocks(b, scores + 2 * ((16 * i + lane / 16 * 8 + lane % 8) * kSsdScanScoreRow + 16 * k +
+      ldmatrix_x4(b, scores + 2 * ((16 * i + lane / 16 * 8 + lane % 8) * kSsdScanScoreRow + 16 * k +
                                    lane / 8 % 2 * 8));
-      multiply_add<T>(y[2 * i], x[k], b[0], b[1]);
-      multiply_add<T>(y[2 * i + 1], x[k], b[2], b[3]);
+      mma<T>(y[2 * i], x[k], b[0], b[1]);
+      mma<T>(y[2 * i + 1], x[k], b[2], b[3]);
     }
 }
 
@@ -203,9 +203,9 @@ __device__ __forceinline__ void update_state(State<N>& h, const Columns& x, unsi
 #pragma unroll
     for (int n = 0; n < N / 16; ++n) {
       unsigned b[4];
-      load_blocks_t(b, along(b_at, n) + 16 * k * (2 * N));
-      multiply_add<T>(h[2 * n], a, b[0], b[1]);
-      multiply_add<T>(h[2 * n + 1], a, b[2], b[3]);
+      ldmatrix_x4_trans(b, along(b_at, n) + 16 * k * (2 * N));
+      mma<T>(h[2 * n], a, b[0], b[1]);
+      mma<T>(h[2 * n + 1], a, b[2], b[3]);
     }
   }
 }
@@ -285,8 +285,8 @@ __device__ __forceinline__ void stage(const Output& y, unsigned tile) {
   for (int i = 0; i < kChunk / 8; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      store_shared(at<P>(tile, 8 * i + lane / 4, 2 * warp + half) + 4 * (lane % 4),
-                   transpose_block(pack<T>(y[i][2 * half], y[i][2 * half + 1])));
+      st_shared(at<P>(tile, 8 * i + lane / 4, 2 * warp + half) + 4 * (lane % 4),
+                movmatrix_trans(pack<T>(y[i][2 * half], y[i][2 * half + 1])));
 }
 
 // The staged rows of chunk c to global memory.
@@ -300,7 +300,7 @@ __device__ __forceinline__ void store_chunk(char* first, std::int64_t row_bytes,
     const int token = c * kChunk + row;
     if (token < len)
       *reinterpret_cast<uint4*>(first + token * row_bytes + segment * 16) =
-          load_shared(at<P>(tile, row, segment));
+          ld_shared_v4(at<P>(tile, row, segment));
   }
 }
 
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(ssd_scan_threads(P), ssd_scan_ctas_per_sm(P, N
     const int stage = c % kSsdScanStages, len = constants.len - c * kChunk;
     const std::int64_t bytes = 2 * static_cast<std::int64_t>(c) * kChunk;
     const auto one = [&](auto dim, void* tile, const char* first, std::int64_t stride) {
-      request<dim(), kThreads>(shared_address(tile), first + bytes * stride, 2 * stride, len);
+      request<dim(), kThreads>(smem_addr(tile), first + bytes * stride, 2 * stride, len);
     };
     using DimP = std::integral_constant<int, P>;
     using DimN = std::integral_constant<int, N>;
@@ -352,11 +352,10 @@ __global__ void __launch_bounds__(ssd_scan_threads(P), ssd_scan_ctas_per_sm(P, N
     one(DimN(), tiles.B[stage], constants.B, p.b_stride.token);
     one(DimP(), tiles.x[stage], constants.x, p.x_stride.token);
     if (p.z != nullptr) one(DimP(), tiles.z[stage], constants.z, p.z_stride.token);
-    copy_commit();
+    cp_async_commit();
   };
   const auto store_staged = [&](int c) {
-    store_chunk<P, kThreads>(constants.y, 2 * p.heads * P, shared_address(tiles.y), c,
-                             constants.len);
+    store_chunk<P, kThreads>(constants.y, 2 * p.heads * P, smem_addr(tiles.y), c, constants.len);
   };
 
   State<N> h = {};
@@ -383,7 +382,7 @@ __global__ void __launch_bounds__(ssd_scan_threads(P), ssd_scan_ctas_per_sm(P, N
     for (int c = 0; c * kChunk < constants.len; ++c) {
       const int s = c % kSsdScanStages;
       const Decays& decays = tiles.decays[c % 2];
-      copy_wait_all();
+      cp_async_wait_all();
       __syncthreads();  // chunk c is in shared memory, chunk c - 1 has been read, its y is staged
       if ((c + 1) * kChunk < constants.len) request_chunk(c + 1);
       if (c > 0) store_staged(c - 1);
@@ -393,24 +392,24 @@ __global__ void __launch_bounds__(ssd_scan_threads(P), ssd_scan_ctas_per_sm(P, N
                      token < constants.len);
         step = load_step<T>(p, constants.dt, token + kChunk, constants.len);
       }
-      ScoreTile<T, N, kWarps>::compute(shared_address(tiles.C[s]), shared_address(tiles.B[s]),
-                                       decays, constants.D, tiles.scores, tiles.own);
+      ScoreTile<T, N, kWarps>::compute(smem_addr(tiles.C[s]), smem_addr(tiles.B[s]), decays,
+                                       constants.D, tiles.scores, tiles.own);
       Output y = {};
       Columns columns;
-      read_state<T, N>(y, h, shared_address(tiles.C[s]), decays);
-      load_columns<P>(columns, shared_address(tiles.x[s]));
+      read_state<T, N>(y, h, smem_addr(tiles.C[s]), decays);
+      load_columns<P>(columns, smem_addr(tiles.x[s]));
       __syncthreads();  // M is in shared memory
-      add_chunk<T>(y, columns, shared_address(tiles.scores));
+      add_chunk<T>(y, columns, smem_addr(tiles.scores));
       add_own<T>(y, columns, tiles.own);
       if (p.z != nullptr) {
-        load_columns<P>(columns, shared_address(tiles.z[s]));
+        load_columns<P>(columns, smem_addr(tiles.z[s]));
         gate<T>(y, columns);
       }
       if (p.norm_weight != nullptr)
         normalise<P>(y, tiles.sums, tiles.weight, static_cast<float>(p.norm_eps));
-      stage<T, P>(y, shared_address(tiles.y));
-      load_columns<P>(columns, shared_address(tiles.x[s]));
-      update_state<T, N>(h, columns, shared_address(tiles.B[s]), decays);
+      stage<T, P>(y, smem_addr(tiles.y));
+      load_columns<P>(columns, smem_addr(tiles.x[s]));
+      update_state<T, N>(h, columns, smem_addr(tiles.B[s]), decays);
     }
     __syncthreads();
     store_staged((constants.len - 1) / kChunk);

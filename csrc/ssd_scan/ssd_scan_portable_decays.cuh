@@ -1,10 +1,10 @@
 // The portable kernel's sequences and decays.
 #pragma once
 
+#include "common/cuda/mma.cuh"
 #include "common/cuda/vec.cuh"
 #include "ssd_scan/ssd_scan.h"
 #include "ssd_scan/ssd_scan_config.h"
-#include "ssd_scan/ssd_scan_mma.cuh"
 
 namespace zebra {
 namespace {

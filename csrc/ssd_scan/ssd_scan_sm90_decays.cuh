@@ -31,8 +31,22 @@ __device__ __forceinline__ uint2 split_factors(float a, float b) {
   return {leading, pack<T>(a - v.x, b - v.y)};
 }
 
+// Adds to every lane's sums those of the lanes before it, for all heads side by side: every line
+// waits for the one before.
+template <int kHeads>
+__device__ __forceinline__ void sum_lanes(float (&sum)[kHeads]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 1; n < 32; n *= 2)
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+      const float other = __shfl_up_sync(~0u, sum[k], n);
+      if (lane >= n) sum[k] += other;
+    }
+}
+
 // One warp computes the decays of the tokens 2 lane and 2 lane + 1 of a chunk from their steps, for
-// all heads of the CTA side by side: every line waits for the one before.
+// all heads of the CTA side by side.
 template <typename T, int kHeads>
 __device__ __forceinline__ void compute_decays(Decays* out, const float (&step)[kHeads][2],
                                                const float (&rate)[kHeads]) {
@@ -44,13 +58,7 @@ __device__ __forceinline__ void compute_decays(Decays* out, const float (&step)[
     a1[k] = fmaxf(rate[k] * step[k][1], kLeastLog2Decay);
     sum[k] = a0[k] + a1[k];
   }
-#pragma unroll
-  for (int n = 1; n < 32; n *= 2)
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      const float other = __shfl_up_sync(~0u, sum[k], n);
-      if (lane >= n) sum[k] += other;
-    }
+  sum_lanes(sum);
 #pragma unroll
   for (int k = 0; k < kHeads; ++k) {
     const float before = __shfl_up_sync(~0u, sum[k], 1);
@@ -78,13 +86,7 @@ __device__ __forceinline__ void compute_decays(PairDecays* out, const float (&st
       s[k][i] = fmaxf(rate[k] * step[k][i], kLeastLog2Decay) + (i > 0 ? s[k][i - 1] : 0.f);
     sum[k] = s[k][3];
   }
-#pragma unroll
-  for (int n = 1; n < 32; n *= 2)
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {
-      const float other = __shfl_up_sync(~0u, sum[k], n);
-      if (lane >= n) sum[k] += other;
-    }
+  sum_lanes(sum);
 #pragma unroll
   for (int k = 0; k < kHeads; ++k) {
     const float before = __shfl_up_sync(~0u, sum[k], 1), end = __shfl_sync(~0u, sum[k], 31);

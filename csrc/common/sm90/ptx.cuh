@@ -1,5 +1,6 @@
-// One PTX instruction a function: barriers, fences, shared-memory matrices, register reallocation.
-// PTX ISA sections in brackets.  Everything here exists from sm_90 on unless it says sm_90a.
+// One PTX instruction a function: barriers, fences, clusters, register reallocation; with those of
+// common/cuda/mma.cuh.  PTX ISA sections in brackets.  Everything here exists from sm_90 on unless
+// it says otherwise.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,11 +9,9 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace zebra::sm90 {
+#include "common/cuda/mma.cuh"
 
-__device__ __forceinline__ std::uint32_t smem_addr(const void* p) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-}
+namespace zebra::sm90 {
 
 // ---- mbarrier [9.7.13.15]: addresses are shared-memory byte addresses.
 
@@ -35,22 +34,37 @@ __device__ __forceinline__ void mbarrier_expect(std::uint32_t bar, std::uint32_t
                : "memory");
 }
 
+// Whether the phase of the given parity has completed; it waits a little for it.
+__device__ __forceinline__ bool mbarrier_try_wait(std::uint32_t bar, std::uint32_t parity) {
+  std::uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(bar), "r"(parity)
+      : "memory");
+  return done;
+}
+
 // Returns when the phase of the given parity has completed.  With ZEBRA_DEBUG_WAIT a wait of about
 // 2 s ends in a trap instead.
+__device__ __forceinline__ void mbarrier_poll(std::uint32_t bar, std::uint32_t parity) {
+#ifdef ZEBRA_DEBUG_WAIT
+  const long long start = clock64();
+#endif
+  while (!mbarrier_try_wait(bar, parity)) {
+#ifdef ZEBRA_DEBUG_WAIT
+    if (clock64() - start > 3500000000ll) asm volatile("trap;");
+#endif
+  }
+}
+
+// The same as one instruction to the compiler, which then does not merge or copy the loop.
 __device__ __forceinline__ void mbarrier_wait(std::uint32_t bar, std::uint32_t parity) {
 #ifdef ZEBRA_DEBUG_WAIT
-  for (const long long start = clock64();;) {
-    std::uint32_t done;
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}\n"
-        : "=r"(done)
-        : "r"(bar), "r"(parity)
-        : "memory");
-    if (done) return;
-    if (clock64() - start > 3500000000ll) asm volatile("trap;");
-  }
-#endif
+  mbarrier_poll(bar, parity);
+#else
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -59,9 +73,10 @@ __device__ __forceinline__ void mbarrier_wait(std::uint32_t bar, std::uint32_t p
       "}\n" ::"r"(bar),
       "r"(parity)
       : "memory");
+#endif
 }
 
-// ---- fences and barriers
+// ---- fences
 
 // Orders this thread's shared-memory stores before later reads by wgmma or the copy engine.
 __device__ __forceinline__ void fence_async_proxy() {
@@ -71,11 +86,6 @@ __device__ __forceinline__ void fence_async_proxy() {
 // The same for global memory that others have written, before this thread's copies read it.
 __device__ __forceinline__ void fence_async_proxy_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
-}
-
-// A barrier of `threads` threads (a multiple of 32); ids 1..15 (0 is __syncthreads).
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- setmaxnreg (sm_90a): only at the top of a warpgroup's branch.
@@ -89,15 +99,20 @@ __device__ __forceinline__ void registers_increase() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- programmatic dependent launch
+// ---- programmatic dependent launch; before sm_90 these are nothing, and a launch waits for the
+// end of those before it.
 
 // Waits for the grids that this one depends on; their writes are visible after it.
 __device__ __forceinline__ void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 // Lets the next grid start; call after grid_dependency_wait().
 __device__ __forceinline__ void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // ---- clusters [9.7.13.4, 9.7.9.11]: shared memory of another CTA of the cluster.
@@ -153,21 +168,9 @@ __device__ __forceinline__ void mbarrier_wait_cluster(std::uint32_t bar, std::ui
   while (!done);
 }
 
-// ---- 8x8 matrices of 16-bit elements [9.7.14.5.15]; lane i gives the address of row i % 8 of
+// ---- 8x8 matrices of 16-bit elements [9.7.14.5.16]; lane i gives the address of row i % 8 of
 // matrix i / 8.
 
-__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t addr) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(addr)
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t addr) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(addr)
-               : "memory");
-}
 __device__ __forceinline__ void stmatrix_x4(std::uint32_t addr, std::uint32_t r0, std::uint32_t r1,
                                             std::uint32_t r2, std::uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
@@ -182,47 +185,7 @@ __device__ __forceinline__ void stmatrix_x4_trans(std::uint32_t addr, std::uint3
                : "memory");
 }
 
-// ---- elementary functions, hardware approximations: relative error about 2^-22 (ex2), 2^-11
-// (tanh).
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// ---- pairs of 16-bit elements in a register: element 0 in the low half.
-
-template <typename T>
-__device__ __forceinline__ std::uint32_t pack(float lo, float hi);
-template <>
-__device__ __forceinline__ std::uint32_t pack<__nv_bfloat16>(float lo, float hi) {
-  std::uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
-}
-template <>
-__device__ __forceinline__ std::uint32_t pack<__half>(float lo, float hi) {
-  std::uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(std::uint32_t v);
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(std::uint32_t v) {
-  return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
-}
-template <>
-__device__ __forceinline__ float2 unpack<__half>(std::uint32_t v) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&v));
-}
+// ---- pairs of 16-bit elements in a register.
 
 template <typename T>
 __device__ __forceinline__ std::uint32_t multiply_pairs(std::uint32_t v, std::uint32_t w) {
