@@ -72,7 +72,7 @@ __device__ __forceinline__ void mbarrier_expect(unsigned bar, int bytes) {
 }
 // Returns when the phase of the given parity has completed.
 __device__ __forceinline__ void mbarrier_wait(unsigned bar, unsigned parity) {
-#ifdef DEBUG_WAIT
+#ifdef ZEBRA_DEBUG_WAIT
   const long long start = clock64();
 #endif
   for (;;) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void mbarrier_wait(unsigned bar, unsigned parity) {
         : "r"(bar), "r"(parity)
         : "memory");
     if (done) return;
-#ifdef DEBUG_WAIT
+#ifdef ZEBRA_DEBUG_WAIT
     if (clock64() - start > 4000000000ll) __trap();
 #endif
   }
