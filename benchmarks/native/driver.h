@@ -185,6 +185,9 @@ class Graph {
 // not timed; the first replay is not either.
 inline double graph_us(cudaStream_t stream, int replays, const std::function<void()>& before,
                        const std::function<void()>& work) {
+  before();
+  work();  // loads the kernels, which a capture may not
+  CUDA_OK(cudaStreamSynchronize(stream));
   const Graph graph(stream, work);
   cudaEvent_t from, to;
   CUDA_OK(cudaEventCreate(&from));
