@@ -152,7 +152,7 @@ void compare(Arena& arena, const Problem& problem, const Case& c, const char* ro
                 counts("row (t, h)", by_row, 40).c_str(),
                 counts("sequence", by_sequence, 24).c_str());
   std::printf("\n");
-  print_config(config_of(p, takes_tma(p)));
+  print_config(config_of(p, takes_tma(p) && std::strcmp(route, "cp.async") != 0));
   tally.fail();
 }
 
