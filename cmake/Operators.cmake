@@ -114,6 +114,20 @@ function(zebra_torch_library NAME)
     LIBRARY_OUTPUT_DIRECTORY "${ZEBRA_OUTPUT_DIR}/_lib" BUILD_WITH_INSTALL_RPATH ON)
 endfunction()
 
+# benchmarks/native/NAME.cu and the kernels of the operator it drives: a program without torch, Python
+# or a CUDA runtime library, to be copied to a machine with a GPU.
+function(zebra_native_driver NAME)
+  zebra_cuda_objects(zebra_native_${NAME}_objects ARCHS 90a SOURCES
+    "benchmarks/native/${NAME}.cu" "csrc/${NAME}/${NAME}_cuda.cu" "csrc/${NAME}/${NAME}_sm90.cu")
+  add_executable(zebra_native_${NAME} $<TARGET_OBJECTS:zebra_native_${NAME}_objects>)
+  set_target_properties(zebra_native_${NAME} PROPERTIES
+    CUDA_ARCHITECTURES OFF LINKER_LANGUAGE CXX OUTPUT_NAME ${NAME}
+    RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/native")
+  target_link_libraries(zebra_native_${NAME} PRIVATE cudart_static rt dl pthread)
+  target_link_options(zebra_native_${NAME} PRIVATE -static-libstdc++ -static-libgcc)
+  target_link_directories(zebra_native_${NAME} PRIVATE ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
+endfunction()
+
 # zebra._C for every interpreter in ZEBRA_PYTHON; the operators do not need it.
 function(zebra_build_bindings)
   if(ZEBRA_PYTHON AND EXISTS "${ZEBRA_PYBIND11_INCLUDE}/pybind11")  # copied as torch's headers are
@@ -160,6 +174,22 @@ function(zebra_build_libraries)
     target_include_directories(zebra_test_configs PRIVATE csrc)
     target_compile_options(zebra_test_configs PRIVATE ${ZEBRA_COMPILE_OPTIONS})
     add_test(NAME configs COMMAND zebra_test_configs)
+    foreach(kernel linear_decode mla_decode)
+      add_executable(zebra_emulate_${kernel} tests/csrc/emulate_${kernel}.cpp)
+      set_target_properties(zebra_emulate_${kernel} PROPERTIES CXX_STANDARD 20)  # <barrier>
+      target_include_directories(zebra_emulate_${kernel} PRIVATE csrc)
+      target_compile_options(zebra_emulate_${kernel} PRIVATE
+        ${ZEBRA_COMPILE_OPTIONS} -Wno-unknown-pragmas)
+      target_link_libraries(zebra_emulate_${kernel} PRIVATE pthread)
+      add_test(NAME emulate_${kernel} COMMAND zebra_emulate_${kernel})
+    endforeach()
+  endif()
+  if(ZEBRA_NATIVE)
+    if(NOT ZEBRA_CUDA_FOUND)
+      message(FATAL_ERROR "zebra: ZEBRA_NATIVE=ON but no nvcc was found (set CUDACXX or PATH)")
+    endif()
+    zebra_native_driver(linear_decode)
+    zebra_native_driver(mla_decode)
   endif()
   zebra_build_bindings()
 endfunction()

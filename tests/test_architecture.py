@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CSRC = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
 PYTHON = list((ROOT / "zebra").rglob("*.py"))
-ALL = [*CSRC, *PYTHON]
+NATIVE = [p for d in ("tests/csrc", "benchmarks/native") for p in (ROOT / d).glob("*.[chm]*")]
+ALL = [*CSRC, *PYTHON, *NATIVE]
 
 # A layer may import from itself and from those before it.
 LAYERS = (

@@ -1,0 +1,492 @@
+// Checks and times linear_decode's CUDA kernels without torch: see README.md.
+#include <cmath>
+
+#include "driver.h"
+#include "linear_decode/linear_decode_config.h"
+#include "linear_decode/linear_decode_sm90_launch.h"
+
+namespace zebra::native {
+namespace {
+
+using sm90::Early;
+using Tuning = LinearDecodeSm90Tuning;
+
+Tally tally;
+
+struct Case {
+  long rows, outputs, K;
+  bool swiglu;
+  int norm;  // 0: none; 1: a weight of x's dtype; 2: of fp32
+  bool bias, residual, bf16;
+  long weight_pad, x_pad;  // elements between rows
+};
+
+std::string describe(const Case& c, const char* route) {
+  char text[256];
+  std::snprintf(text, sizeof(text),
+                "%s, %ld rows, N %ld, K %ld, swiglu %d, norm %d, bias %d, residual %d, %s, pads of "
+                "W %ld, x %ld",
+                route, c.rows, c.outputs, c.K, c.swiglu, c.norm, c.bias, c.residual,
+                c.bf16 ? "bf16" : "fp16", c.weight_pad, c.x_pad);
+  return text;
+}
+
+// Which kernel, and what a measurement may fix.
+struct Route {
+  const char* name;
+  bool portable;
+  Early early;
+  Tuning tuning;
+};
+const Route kHopper{"Hopper", false, Early::kIntoShared, {}};
+const Route kHopperL2{"Hopper, W into L2", false, Early::kIntoL2, {}};
+const Route kHopperLate{"Hopper, W not early", false, Early::kNothing, {}};
+const Route kPortable{"portable", true, Early::kNothing, {}};
+
+LinearDecodeSm90Config config_of(const LinearDecodeParams& p, const Tuning& tuning) {
+  return select_linear_decode_sm90_config({p.rows, p.outputs, p.K, p.swiglu}, multiprocessors(),
+                                          tuning);
+}
+bool takes(const LinearDecodeParams& p, const Route& r) {
+  return r.portable || (linear_decode_sm90_takes(p) && linear_ring_turns(config_of(p, r.tuning)));
+}
+void launch(const LinearDecodeParams& p, const Route& r, cudaStream_t stream = nullptr) {
+  launched(r.portable ? linear_decode_portable(p, stream)
+                      : sm90::linear_decode_launch(p, r.early, r.tuning, stream));
+}
+void print_config(const LinearDecodeSm90Config& c) {
+  std::printf(
+      "  tokens %d, row tiles %d, slices %d, cluster %d, unit %d x %d, clusters %d, boxes %d, "
+      "steps %d, stages %d, shared %d, starts next first %d\n",
+      c.tokens, c.row_tiles, c.slices, c.cluster, c.unit, c.units, c.clusters, c.boxes, c.steps,
+      c.stages, c.smem_bytes, c.starts_next_first);
+}
+
+// ---- check
+
+// A warp an output, in fp64.
+template <typename T>
+__global__ void expected_kernel(LinearDecodeParams p, double* y) {
+  const long n = blockIdx.x, m = blockIdx.y;
+  const T* const x = static_cast<const T*>(p.x) + m * p.x_stride;
+  const T* const w = static_cast<const T*>(p.weight) + n * p.weight_stride;
+  const T* const up = w + p.outputs * p.weight_stride;
+  double squares = 0, sum = 0, up_sum = 0;
+  for (long k = threadIdx.x; k < p.K; k += 32) {
+    const double v = to_float(x[k]);
+    double gain = 1;
+    if (p.norm_weight != nullptr)
+      gain = p.norm_weight_dtype == DType::kFloat32
+                 ? static_cast<const float*>(p.norm_weight)[k]
+                 : to_float(static_cast<const T*>(p.norm_weight)[k]);
+    squares += v * v;
+    sum += gain * v * to_float(w[k]);
+    if (p.swiglu) up_sum += gain * v * to_float(up[k]);
+  }
+  for (int lane = 16; lane > 0; lane /= 2) {
+    squares += __shfl_xor_sync(~0u, squares, lane);
+    sum += __shfl_xor_sync(~0u, sum, lane);
+    up_sum += __shfl_xor_sync(~0u, up_sum, lane);
+  }
+  if (threadIdx.x != 0) return;
+  const double scale =
+      p.norm_weight == nullptr ? 1 : 1 / sqrt(squares / static_cast<double>(p.K) + p.norm_eps);
+  sum *= scale, up_sum *= scale;
+  if (p.bias != nullptr) {
+    sum += to_float(static_cast<const T*>(p.bias)[n]);
+    if (p.swiglu) up_sum += to_float(static_cast<const T*>(p.bias)[p.outputs + n]);
+  }
+  if (p.swiglu) sum = sum / (1 + exp(-sum)) * up_sum;
+  if (p.residual != nullptr)
+    sum += to_float(static_cast<const T*>(p.residual)[m * p.residual_stride + n]);
+  y[m * p.outputs + n] = sum;
+}
+
+constexpr long kGuard = 512;  // elements before and after y that must stay as they are
+
+template <typename T>
+struct Problem {
+  LinearDecodeParams p;
+  T* guarded;  // y with its guards
+  std::size_t guarded_size;
+  std::vector<double> expected;
+};
+
+template <typename T>
+Problem<T> make_problem(Arena& arena, const Case& c) {
+  arena.release(0);
+  const long weight_rows = c.swiglu ? 2 * c.outputs : c.outputs;
+  Problem<T> made = {};
+  LinearDecodeParams& p = made.p;
+  p.rows = c.rows, p.outputs = c.outputs, p.K = c.K, p.swiglu = c.swiglu, p.norm_eps = 1e-5;
+  p.x_stride = c.K + c.x_pad, p.weight_stride = c.K + c.weight_pad, p.residual_stride = c.outputs;
+  p.dtype = c.bf16 ? DType::kBFloat16 : DType::kFloat16;
+  p.norm_weight_dtype = c.norm == 2 ? DType::kFloat32 : p.dtype;
+  const auto seed = static_cast<unsigned>(c.rows * 7 + c.outputs * 13 + c.K);
+
+  T* const weight = arena.take<T>(weight_rows * p.weight_stride);
+  fill(weight, weight_rows, c.K, p.weight_stride, 1.f / std::sqrt(static_cast<float>(c.K)), 0.f,
+       seed);
+  p.weight = weight;
+  T* const x = arena.take<T>(c.rows * p.x_stride);
+  fill(x, c.rows, c.K, p.x_stride, 1.f, 0.f, seed + 1);
+  p.x = x;
+  if (c.bias) {
+    T* const bias = arena.take<T>(weight_rows);
+    fill(bias, 1, weight_rows, weight_rows, 1.f, 0.f, seed + 2);
+    p.bias = bias;
+  }
+  if (c.residual) {
+    T* const residual = arena.take<T>(c.rows * c.outputs);
+    fill(residual, c.rows, c.outputs, c.outputs, 1.f, 0.f, seed + 3);
+    p.residual = residual;
+  }
+  if (c.norm == 1) {
+    T* const gain = arena.take<T>(c.K);
+    fill(gain, 1, c.K, c.K, 0.1f, 1.f, seed + 4);
+    p.norm_weight = gain;
+  } else if (c.norm == 2) {
+    float* const gain = arena.take<float>(c.K);
+    fill(gain, 1, c.K, c.K, 0.1f, 1.f, seed + 4);
+    p.norm_weight = gain;
+  }
+  p.h = arena.take<T>(c.rows * c.K);
+  made.guarded_size = c.rows * c.outputs + 2 * kGuard;
+  made.guarded = arena.take<T>(made.guarded_size);
+  p.y = made.guarded + kGuard;
+
+  double* const expected = arena.take<double>(c.rows * c.outputs);
+  expected_kernel<T>
+      <<<dim3(static_cast<unsigned>(c.outputs), static_cast<unsigned>(c.rows)), 32>>>(p, expected);
+  CUDA_OK(cudaGetLastError());
+  made.expected = to_host(expected, c.rows * c.outputs);
+  return made;
+}
+
+// Empty: y is right.  Otherwise what is wrong, and where.
+template <typename T>
+std::string find_errors(const Problem<T>& problem, const std::vector<T>& got) {
+  const bool bf16 = problem.p.dtype == DType::kBFloat16;
+  // Of the root mean square of y, and of one element: rounding of norm(x), of y, and the sums.
+  const double most_rms = bf16 ? 8e-3 : 1.2e-3, most_one = bf16 ? 0.04 : 0.006;
+  const long outputs = problem.p.outputs, count = problem.p.rows * outputs;
+  const std::vector<double>& want = problem.expected;
+  double scale = 0;
+  for (const double v : want) scale += v * v;
+  scale = std::max(scale, 0.25 * static_cast<double>(count));
+  const double rms = std::sqrt(scale / static_cast<double>(count));
+  const auto value = [&](long i) {
+    return static_cast<double>(static_cast<float>(got[kGuard + i]));
+  };
+  const auto is_bad = [&](long i) {
+    return !(std::fabs(value(i) - want[i]) <= most_one * (std::fabs(want[i]) + rms));
+  };
+  double squares = 0;
+  long bad = 0, nans = 0, guards = 0, first = -1;
+  for (long i = 0; i < count; ++i) {
+    const double error = value(i) - want[i];
+    if (std::isnan(error))
+      ++nans;
+    else
+      squares += error * error;
+    if (!is_bad(i)) continue;
+    if (bad++ == 0) first = i;
+  }
+  for (long i = 0; i < kGuard; ++i)
+    for (const long at : {i, kGuard + count + i}) {
+      std::uint16_t bits;
+      std::memcpy(&bits, &got[at], 2);
+      guards += bits != 0xffff;
+    }
+  const double error = std::sqrt(squares / scale);
+  if (bad == 0 && error < most_rms && guards == 0) return "";
+
+  char text[256];
+  std::snprintf(text, sizeof(text),
+                "relative error %.2e (at most %.1e), %ld bad of %ld, %ld NaN, %ld elements written "
+                "outside\n",
+                error, most_rms, bad, count, nans, guards);
+  std::string report = text;
+  if (bad == 0) return report;
+  std::snprintf(text, sizeof(text),
+                "  first bad [token %ld, output %ld]; got / expected from there:", first / outputs,
+                first % outputs);
+  report += text;
+  for (long i = first; i < std::min(first + 6, count); ++i) {
+    std::snprintf(text, sizeof(text), " %g / %g", value(i), want[i]);
+    report += text;
+  }
+  report += "\n  bad outputs of that token:";
+  const long from = first / outputs * outputs;
+  int shown = 0;
+  for (long n = 0; n < outputs && shown < 24; ++n)
+    if (is_bad(from + n)) report += " " + std::to_string(n), ++shown;
+  report += "\n  bad by token:";
+  for (long m = 0; m < problem.p.rows; ++m) {
+    long of_token = 0;
+    for (long n = 0; n < outputs; ++n) of_token += is_bad(m * outputs + n);
+    if (of_token > 0) report += " " + std::to_string(m) + ":" + std::to_string(of_token);
+  }
+  return report + "\n";
+}
+
+// Every route `repeats` times: right, and to the bit the same each time.
+template <typename T>
+void check_typed(Arena& arena, const Case& c, const std::vector<Route>& routes, int repeats) {
+  current_case = describe(c, "data");
+  const Problem<T> problem = make_problem<T>(arena, c);
+  for (const Route& r : routes) {
+    if (!takes(problem.p, r)) continue;
+    std::vector<T> first;
+    for (int i = 0; i < repeats; ++i) {
+      current_case = describe(c, r.name);
+      ++tally.runs;
+      CUDA_OK(cudaMemset(problem.guarded, 0xff, problem.guarded_size * sizeof(T)));
+      launch(problem.p, r);
+      CUDA_OK(cudaDeviceSynchronize());
+      const std::vector<T> got = to_host(problem.guarded, problem.guarded_size);
+      if (i == 0) first = got;
+      std::string errors = find_errors(problem, got);
+      if (!same_bytes(first, got))
+        errors += "  differs from the first repeat, from element " +
+                  std::to_string(static_cast<long>(first_difference(first, got)) - kGuard) + "\n";
+      if (errors.empty()) continue;
+      std::printf("FAIL %s, repeat %d: %s", current_case.c_str(), i, errors.c_str());
+      if (!r.portable) print_config(config_of(problem.p, r.tuning));
+      tally.fail();
+      break;
+    }
+  }
+}
+void check_case(Arena& arena, const Case& c, const std::vector<Route>& routes, int repeats) {
+  if (c.bf16)
+    check_typed<__nv_bfloat16>(arena, c, routes, repeats);
+  else
+    check_typed<__half>(arena, c, routes, repeats);
+}
+
+// y_i = norm-linear(y_{i-1}) + y_{i-1} in a graph with programmatic edges, where a launch starts
+// while the ones before it run, against the same launches one by one.
+void check_chain(Arena& arena, long rows, long dim, int layers, bool swiglu, const Route& route) {
+  using T = __nv_bfloat16;
+  char name[160];
+  std::snprintf(name, sizeof(name),
+                "chain of %d, %ld rows, dim %ld, swiglu %d, %s, shared %d, first %d", layers, rows,
+                dim, swiglu, route.name, route.tuning.smem_bytes, route.tuning.starts_next_first);
+  current_case = name;
+  ++tally.runs;
+  arena.release(0);
+  const long weight_rows = swiglu ? 2 * dim : dim, size = rows * dim;
+  T* const weight = arena.take<T>(layers * weight_rows * dim);
+  T* const gain = arena.take<T>(dim);
+  T* const h = arena.take<T>(size);
+  T* const alone = arena.take<T>((layers + 1) * size);
+  T* const chained = arena.take<T>((layers + 1) * size);
+  fill(weight, layers * weight_rows, dim, dim, 1.f / std::sqrt(static_cast<float>(dim)), 0.f, 5);
+  fill(gain, 1, dim, dim, 0.1f, 1.f, 6);
+  for (T* y : {alone, chained}) fill(y, rows, dim, dim, 1.f, 0.f, 7);
+  const auto layer = [&](T* y, int i, const Route& r, cudaStream_t stream) {
+    LinearDecodeParams p = {};
+    p.x = p.residual = y + i * size, p.y = y + (i + 1) * size, p.h = h;
+    p.weight = weight + i * weight_rows * dim;
+    p.norm_weight = i % 3 == 2 ? nullptr : gain;  // launches with and without a norm before them
+    p.rows = rows, p.outputs = p.K = p.x_stride = p.weight_stride = p.residual_stride = dim;
+    p.dtype = p.norm_weight_dtype = DType::kBFloat16, p.swiglu = swiglu, p.norm_eps = 1e-5;
+    launch(p, r, stream);
+  };
+  cudaStream_t stream;
+  CUDA_OK(cudaStreamCreate(&stream));
+  CUDA_OK(cudaDeviceSynchronize());
+  for (int i = 0; i < layers; ++i) {
+    layer(alone, i, kHopperLate, stream);
+    CUDA_OK(cudaStreamSynchronize(stream));
+  }
+  const std::vector<T> want = to_host(alone, (layers + 1) * size);
+  const Graph graph(stream, [&] {
+    for (int i = 0; i < layers; ++i) layer(chained, i, route, stream);
+  });
+  for (int replay = 0; replay < 20; ++replay) {
+    CUDA_OK(cudaMemsetAsync(chained + size, 0xff, layers * size * sizeof(T), stream));
+    graph.launch();
+    CUDA_OK(cudaStreamSynchronize(stream));
+    const std::vector<T> got = to_host(chained, (layers + 1) * size);
+    if (same_bytes(want, got)) continue;
+    const auto at = static_cast<long>(first_difference(want, got));
+    std::printf(
+        "FAIL %s, replay %d: differs first at layer %ld, token %ld, output %ld: %g, one by "
+        "one %g\n",
+        name, replay, at / size, at % size / dim, at % dim,
+        static_cast<double>(static_cast<float>(got[at])),
+        static_cast<double>(static_cast<float>(want[at])));
+    tally.fail();
+    break;
+  }
+  CUDA_OK(cudaStreamDestroy(stream));
+}
+
+int check() {
+  Arena arena(std::size_t{3} << 30);
+  for (const long M : {1, 8, 16, 32, 64, 128})
+    for (const long K : {64, 128, 1024})
+      for (const long N : {8, 64, 1056})
+        for (const int norm : {0, 1, 2})
+          check_case(arena, {M, N, K, false, norm, false, false, true, 0, 0}, {kHopper}, 2);
+  tally.section("plain");
+
+  // Shares of every kind and ragged ends, with everything fused in turn.
+  constexpr long kShapes[][2] = {{1, 8},      {7, 64},     {40, 96},     {65, 136},    {131, 1000},
+                                 {1059, 520}, {16, 1024},  {2048, 2048}, {2112, 520},  {2113, 256},
+                                 {4224, 328}, {4225, 64},  {2208, 2048}, {4096, 512},  {4320, 1024},
+                                 {8447, 264}, {8449, 200}, {16897, 128}, {20000, 256}, {34000, 72}};
+  int turn = 0;
+  for (const long M : {1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 127, 128})
+    for (const auto& [N, K] : kShapes) {
+      if (N * M > 2200000) continue;  // the expected result takes too long
+      ++turn;
+      const int norm = turn % 12 % 4 == 3 ? 2 : turn % 2;
+      check_case(arena,
+                 {M, N, K, turn % 3 == 1, norm, turn / 3 % 2 == 0, turn / 5 % 2 == 0, turn % 7 < 4,
+                  turn % 3 * 8, turn % 4 * 8},
+                 {kHopper, kHopperL2, kHopperLate}, 1);
+    }
+  for (const long M : {1, 9, 40, 128})  // K that fills no box, which a norm's kernel does not take
+    for (const long N : {50, 2500, 5000})
+      check_case(arena, {M, N, 100, N == 50, 0, true, true, true, 4, 12}, {kHopper, kHopperL2}, 1);
+  tally.section("shapes");
+
+  for (const bool bf16 : {true, false})
+    for (const bool swiglu : {false, true})
+      for (const int norm : {0, 1, 2})
+        for (const long M : {1, 8, 16, 32, 64, 128}) {
+          check_case(arena, {M, 4096, 4096, swiglu, norm, true, true, bf16, 0, 0},
+                     {kHopper, kPortable}, 3);
+          check_case(arena, {M, 1500, 1032, swiglu, norm, false, true, bf16, 8, 16},
+                     {kHopper, kHopperL2, kPortable}, 2);
+        }
+  tally.section("fusions");
+
+  for (const long M : {8, 32, 64, 128})
+    for (const int cluster : {1, 2})
+      for (const int boxes : {1, 2, 4, 8})
+        for (const int smem : {100000, 200000})
+          for (const long N : {300, 4096, 9000})
+            for (const int norm : {0, 1}) {
+              const Tuning t{cluster, boxes, smem};
+              check_case(arena, {M, N, 1000, norm == 1 && N == 300, norm, false, false, true, 0, 0},
+                         {{"Hopper, tuned", false, Early::kIntoShared, t},
+                          {"Hopper, tuned, W into L2", false, Early::kIntoL2, t}},
+                         1);
+            }
+  tally.section("tunings");
+
+  for (const long M : {1, 8, 9, 16, 33, 128})  // rows that are not aligned
+    for (const long N : {1, 65, 1000})
+      for (const long K : {1, 7, 64, 130, 1003})
+        for (const bool swiglu : {false, true})
+          check_case(
+              arena,
+              {M, N, K, swiglu, static_cast<int>(K % 3), N % 2 == 1, K % 2 == 1, M % 2 == 0, 3, 1},
+              {kPortable}, 1);
+  tally.section("portable");
+
+  constexpr int kHalf = kLinearHalfSmemBytes, kWhole = kLinearWholeSmemBytes;
+  for (Route r : {kHopperLate, kHopperL2, kHopper})
+    for (const long M : {1, 16, 32, 64, 128}) {
+      check_chain(arena, M, 4096, 12, false, r);
+      check_chain(arena, M, 2048, 24, false, r);
+      check_chain(arena, M, 1024, 24, true, r);
+      if (r.early == Early::kNothing) continue;
+      for (const Tuning& t : {Tuning{0, 0, kHalf, 1}, Tuning{0, 0, kWhole, 0}}) {
+        const Route tuned{r.name, false, r.early, t};
+        check_chain(arena, M, 4096, 12, false, tuned);
+        check_chain(arena, M, 2048, 24, false, tuned);
+      }
+    }
+  return tally.finish();
+}
+
+// ---- time
+
+constexpr std::size_t kPoolBytes = std::size_t{8} << 30;
+
+// Layers with weights of their own, one after another in a graph: what decoding does, and what
+// keeps the L2 cold.  The time of one of them.
+void time_shape(const Bench& bench, Arena& arena, char* pool, long rows, long outputs, long K,
+                bool swiglu, bool fused) {
+  using T = __nv_bfloat16;
+  char name[96];
+  std::snprintf(name, sizeof(name), "%3ld rows, N %6ld, K %5ld%s%s", rows, outputs, K,
+                swiglu ? ", swiglu" : "", fused ? ", norm" : "");
+  current_case = name;
+  const std::size_t mark = arena.mark();
+  const std::size_t weight_bytes = static_cast<std::size_t>(swiglu ? 2 : 1) * outputs * K * 2;
+  const std::size_t most = weight_bytes > (std::size_t{400} << 20) ? 6 : 48;
+  const auto layers = static_cast<int>(std::min(kPoolBytes / weight_bytes, most));
+  T* const x = arena.take<T>(rows * K);
+  T* const y = arena.take<T>(rows * outputs);
+  T* const h = arena.take<T>(rows * K);
+  T* const gain = arena.take<T>(layers * K);
+  fill(gain, layers, K, K, 0.1f, 1.f, 4);
+  CUDA_OK(cudaDeviceSynchronize());
+  const bool chained = outputs == K && !swiglu;  // each layer waits for the one before
+  LinearDecodeParams p = {};
+  p.h = h, p.rows = rows, p.outputs = outputs, p.K = p.x_stride = p.weight_stride = K;
+  p.residual_stride = outputs, p.swiglu = swiglu, p.norm_eps = 1e-5;
+  p.dtype = p.norm_weight_dtype = DType::kBFloat16;
+  const auto before = [&] { fill(x, rows, K, K, 1.f, 0.f, 1, bench.stream); };
+  const double us = graph_us(bench.stream, 5, before, [&] {
+    for (int i = 0; i < layers; ++i) {
+      const bool back = chained && i % 2 == 1;
+      p.x = back ? y : x, p.y = back ? x : y;
+      p.weight = pool + i * weight_bytes;
+      p.norm_weight = fused ? gain + i * K : nullptr;
+      p.residual = fused && outputs == K ? p.x : nullptr;
+      launch(p, kHopper, bench.stream);
+    }
+  });
+  const double read_us = graph_us(
+      bench.stream, 5, [] {},
+      [&] {
+        for (int i = 0; i < layers; ++i) bench.read(pool + i * weight_bytes, weight_bytes);
+      });
+  bench.print_row(name, static_cast<double>(weight_bytes), read_us / layers, us / layers);
+  print_config(config_of(p, {}));
+  arena.release(mark);
+}
+
+int time() {
+  Arena arena(kPoolBytes + (std::size_t{1} << 30));
+  char* const pool = arena.take_as_is<char>(kPoolBytes);
+  // A chain of 4096 columns neither grows nor fades.
+  fill(reinterpret_cast<__nv_bfloat16*>(pool), 1, kPoolBytes / 2, kPoolBytes / 2, 1.f / 64, 0.f, 3);
+  CUDA_OK(cudaDeviceSynchronize());
+  const Bench bench(arena, pool, kPoolBytes);
+  Bench::print_header("bf16; one layer of a chain");
+  struct Shape {
+    std::vector<long> rows;
+    long outputs, K;
+    bool swiglu, fused;
+  };
+  const Shape shapes[] = {
+      {{1, 16, 32, 64, 128}, 4096, 4096, false, false},
+      {{1, 16, 64, 128}, 4096, 4096, false, true},
+      {{1, 16, 32, 64}, 2048, 2048, false, false},
+      {{1, 16}, 2048, 2048, false, true},
+      {{1, 16, 64}, 4320, 4096, false, true},
+      {{1, 16, 64, 128}, 14336, 4096, false, false},
+      {{1, 64}, 14336, 4096, true, true},
+      {{1, 64}, 4096, 14336, false, false},
+      {{1, 64}, 128256, 4096, false, false},
+  };
+  for (const Shape& s : shapes)
+    for (const long rows : s.rows)
+      time_shape(bench, arena, pool, rows, s.outputs, s.K, s.swiglu, s.fused);
+  return 0;
+}
+
+}  // namespace
+}  // namespace zebra::native
+
+int main(int argc, char** argv) {
+  return zebra::native::run(argc, argv, zebra::native::check, zebra::native::time);
+}

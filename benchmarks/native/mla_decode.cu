@@ -1,0 +1,494 @@
+// Checks and times mla_decode's CUDA kernels without torch: see README.md.
+#include "driver.h"
+#include "mla_decode_problem.h"
+
+namespace zebra::native {
+namespace {
+
+Tally tally;
+
+// ---- check
+
+void poison_outputs(const Problem& problem) {
+  CUDA_OK(cudaMemset(problem.p.o, 0xff, problem.rows() * problem.p.R * 2));
+  CUDA_OK(cudaMemset(problem.p.lse, 0xff, problem.rows() * 4));
+  CUDA_OK(cudaMemset(problem.workspace, 0xff, problem.workspace_bytes));
+}
+
+void launch(const Problem& problem, bool portable, cudaStream_t stream = nullptr) {
+  launched(portable ? mla_decode_portable(problem.p, problem.workspace, stream)
+                    : mla_decode_cuda(problem.p, problem.workspace, stream));
+}
+
+struct Output {
+  std::vector<std::uint16_t> o;
+  std::vector<float> lse;
+  explicit Output(const Problem& problem)
+      : o(to_host(static_cast<std::uint16_t*>(problem.p.o), problem.rows() * problem.p.R)),
+        lse(to_host(static_cast<float*>(problem.p.lse), problem.rows())) {}
+  bool operator==(const Output& other) const {
+    return same_bytes(o, other.o) && same_bytes(lse, other.lse);
+  }
+};
+
+// In fp64, a CTA a row of q.  `size` is sum p |c|: what errors of o are relative to.
+template <typename T>
+__global__ void __launch_bounds__(128) expected_kernel(MlaDecodeParams p, double* o, double* size,
+                                                       double* lse, double* scores, long most) {
+  const long row = blockIdx.x, b = row / (p.T * p.H), t = row / p.H % p.T, h = row % p.H;
+  const long limit = p.seq_lens[b] - p.T + t + 1;  // tokens that this one sees, if positive
+  const T* const q =
+      static_cast<const T*>(p.q) + b * p.q_stride[0] + t * p.q_stride[1] + h * p.q_stride[2];
+  const auto cached = [&](long j) {
+    const long page = p.block_table[b * p.table_stride + j / p.page];
+    return static_cast<const T*>(p.cache) + page * p.page_stride + j % p.page * p.row_stride;
+  };
+  double* const score = scores + row * most;
+  __shared__ double parts[128];
+  double top = -INFINITY;
+  for (long j = threadIdx.x; j < limit; j += 128) {
+    const T* const c = cached(j);
+    double sum = 0;
+    for (long d = 0; d < p.R + p.E; ++d)
+      sum += static_cast<double>(to_float(q[d])) * static_cast<double>(to_float(c[d]));
+    score[j] = sum * p.scale;
+    top = fmax(top, score[j]);
+  }
+  parts[threadIdx.x] = top;
+  __syncthreads();
+  for (int i = 0; i < 128; ++i) top = fmax(top, parts[i]);
+  __syncthreads();
+  double total = 0;
+  for (long j = threadIdx.x; j < limit; j += 128) total += score[j] = exp(score[j] - top);
+  parts[threadIdx.x] = total;
+  __syncthreads();
+  total = 0;
+  for (int i = 0; i < 128; ++i) total += parts[i];
+  for (long d = threadIdx.x; d < p.R; d += 128) {
+    double sum = 0, absolute = 0;
+    for (long j = 0; j < limit; ++j) {
+      const double v = score[j] * static_cast<double>(to_float(cached(j)[d]));
+      sum += v, absolute += fabs(v);
+    }
+    o[row * p.R + d] = limit > 0 ? sum / total : 0;
+    size[row * p.R + d] = limit > 0 ? absolute / total : 0;
+  }
+  if (threadIdx.x == 0) lse[row] = limit > 0 ? top + log(total) : -INFINITY;
+}
+
+double to_double(std::uint16_t bits, bool bf16) {
+  if (bf16) {
+    const std::uint32_t wide = std::uint32_t{bits} << 16;
+    float v;
+    std::memcpy(&v, &wide, 4);
+    return v;
+  }
+  return static_cast<float>(__half(__half_raw{bits}));
+}
+
+std::string counts(const char* name, const std::vector<long>& bad, std::size_t most) {
+  std::string text = std::string("\n  bad by ") + name + ":";
+  for (std::size_t i = 0; i < bad.size() && i < most; ++i) text += " " + std::to_string(bad[i]);
+  return text;
+}
+
+// Reports what is wrong with the outputs that a kernel has just written.
+template <typename T>
+void compare(Arena& arena, const Problem& problem, const Case& c, const char* route) {
+  ++tally.runs;
+  const MlaDecodeParams& p = problem.p;
+  const long rows = problem.rows(), count = rows * p.R, row_count = p.T * p.H;
+  const long most = std::max(1, *std::max_element(c.lens.begin(), c.lens.end()));
+  const std::size_t mark = arena.mark();
+  double* const device_o = arena.take_as_is<double>(count);
+  double* const device_size = arena.take_as_is<double>(count);
+  double* const device_lse = arena.take_as_is<double>(rows);
+  double* const scores = arena.take_as_is<double>(rows * most);
+  expected_kernel<T>
+      <<<static_cast<unsigned>(rows), 128>>>(p, device_o, device_size, device_lse, scores, most);
+  CUDA_OK(cudaGetLastError());
+  const std::vector<double> want = to_host(device_o, count), size = to_host(device_size, count);
+  const std::vector<double> want_lse = to_host(device_lse, rows);
+  arena.release(mark);
+  const Output got(problem);
+
+  // p and o are rounded once each, by half of `unit`; twice that, and what exponents of steep
+  // scores lose in fp32.
+  const double unit = c.bf16 ? 1. / 256 : 1. / 2048, most_rms = c.bf16 ? 4e-3 : 6e-4;
+  std::vector<long> by_column(ceil_div<long>(p.R, 16)), by_row(row_count), by_sequence(p.B);
+  long bad = 0, first = -1, bad_lse = 0, first_lse = -1;
+  double errors = 0, sizes = 0;
+  for (long i = 0; i < count; ++i) {
+    const double error = std::fabs(to_double(got.o[i], c.bf16) - want[i]);
+    errors += error * error, sizes += size[i] * size[i];
+    if (error <= unit * (std::fabs(want[i]) + size[i]) + 5e-4 * size[i]) continue;
+    if (bad++ == 0) first = i;
+    const long row = i / p.R;
+    ++by_column[i % p.R / 16], ++by_row[row % row_count], ++by_sequence[row / row_count];
+  }
+  for (long i = 0; i < rows; ++i) {
+    const double v = got.lse[i], e = want_lse[i];
+    if (std::isinf(e) ? v == e : std::fabs(v - e) <= 2e-4 * std::max(1., std::fabs(e))) continue;
+    if (bad_lse++ == 0) first_lse = i;
+  }
+  const double rms = sizes > 0 ? std::sqrt(errors / sizes) : 0;
+  if (bad == 0 && bad_lse == 0 && rms <= most_rms) return;
+
+  std::printf(
+      "FAIL %s\n  bad: %ld of %ld of o, %ld of %ld of lse; relative error %.2e (at most %.1e)",
+      describe(c, route).c_str(), bad, count, bad_lse, rows, rms, most_rms);
+  const auto where = [&](long row) {
+    return "[b " + std::to_string(row / row_count) + ", t " + std::to_string(row / p.H % p.T) +
+           ", h " + std::to_string(row % p.H) + "]";
+  };
+  if (first >= 0)
+    std::printf("\n  first of o %s, d %ld: got %g, expected %g", where(first / p.R).c_str(),
+                first % p.R, to_double(got.o[first], c.bf16), want[first]);
+  if (first_lse >= 0)
+    std::printf("\n  first of lse %s: got %g, expected %g", where(first_lse).c_str(),
+                static_cast<double>(got.lse[first_lse]), want_lse[first_lse]);
+  if (bad > 0)
+    std::printf("%s%s%s", counts("16 columns", by_column, 16).c_str(),
+                counts("row (t, h)", by_row, 40).c_str(),
+                counts("sequence", by_sequence, 24).c_str());
+  std::printf("\n");
+  print_config(config_of(p, takes_tma(p) && std::strcmp(route, "cp.async") != 0));
+  tally.fail();
+}
+
+void expect_same(const Output& a, const Output& b, const std::string& what) {
+  ++tally.runs;
+  if (a == b) return;
+  std::printf("FAIL %s differs, from element %zu of o, %zu of lse\n", what.c_str(),
+              first_difference(a.o, b.o), first_difference(a.lse, b.lse));
+  tally.fail();
+}
+
+Output run_once(const Problem& problem, bool portable) {
+  poison_outputs(problem);
+  launch(problem, portable);
+  CUDA_OK(cudaDeviceSynchronize());
+  return Output(problem);
+}
+
+template <typename T>
+void check_typed(Arena& arena, const Case& c, unsigned seed) {
+  arena.release(0);
+  current_case = describe(c, "data");
+  const Problem problem = make_problem<T>(arena, c, seed);
+  for (const bool portable : {false, true}) {
+    const bool tma = takes_tma(problem.p);
+    if (portable && !tma) continue;  // it was what the first one took
+    const char* const route = tma && !portable ? "TMA" : "cp.async";
+    current_case = describe(c, route);
+    const Output first = run_once(problem, portable);
+    compare<T>(arena, problem, c, route);
+    for (int i = 0; i < 2; ++i)
+      expect_same(first, run_once(problem, portable), "a repeat of " + current_case);
+  }
+}
+void check_case(Arena& arena, const Case& c) {
+  static unsigned seed = 0;
+  ++seed;
+  if (c.bf16)
+    check_typed<__nv_bfloat16>(arena, c, seed);
+  else
+    check_typed<__half>(arena, c, seed);
+}
+
+void check_lengths_and_pages(Arena& arena) {
+  for (const int page : {1, 16, 17, 32, 48, 64, 128, 256})
+    for (const int T : {1, 4})
+      check_case(arena,
+                 {"edges",
+                  {0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129, page - 1, page, page + 1, 1000},
+                  T,
+                  24,
+                  128,
+                  64,
+                  page});
+  check_case(arena, {"one huge", {4641, 45118, 1730, 1696}, 1, 32, 160, 64, 64});
+  check_case(arena, {"one large", {4641, 9118, 1730, 1696}, 4, 24, 128, 64, 16});
+  std::vector<int> lens(300);
+  for (int i = 0; i < 300; ++i) lens[i] = i * 37 % 91;
+  check_case(arena, {"many small", lens, 1, 32, 128, 32, 16});
+  lens.resize(700);
+  for (int i = 0; i < 700; ++i) lens[i] = i % 5 == 0 ? 0 : i * 131 % 513;
+  check_case(arena, {"many", lens, 1, 8, 64, 64, 64});
+  check_case(arena, {"all empty", std::vector<int>(300, 0), 1, 16, 128, 64, 64});
+  check_case(arena, {"many equal", std::vector<int>(256, 257), 1, 32, 160, 64, 64});
+  lens.assign(140, 100);
+  lens.back() = 9000;
+  check_case(arena, {"last huge", lens, 2, 32, 160, 64, 64});
+}
+
+void check_random(Arena& arena) {
+  std::mt19937 random(7);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  for (int i = 0; i < 120; ++i) {
+    Case c = {"random",
+              std::vector<int>(1 + below(9)),
+              1 + below(4),
+              1 + below(40),
+              8 * (1 + below(32)),
+              8 * below(9),
+              1};
+    for (int& length : c.lens) length = below(4) == 0 ? below(3) : below(1500);
+    constexpr int kPages[] = {1, 8, 16, 32, 64, 128, 256};
+    c.page = kPages[below(7)], c.bf16 = below(2) == 0;
+    c.split = below(3) == 0 ? 1 + below(600) : 0;
+    c.content = static_cast<Content>(below(4) == 0 ? below(6) : 0);
+    c.row_pad = 8 * below(2), c.q_pad = below(2) == 0;
+    check_case(arena, c);
+  }
+}
+
+// With split_size the result of a sequence does not depend on its batch.
+void check_invariance(Arena& arena) {
+  const Case c = {"invariance", {900, 3, 1500, 64}, 2, 32, 160, 64, 64, true, 256};
+  arena.release(0);
+  const Problem all = make_problem<__nv_bfloat16>(arena, c, 99);
+  const Output together = run_once(all, false);
+  for (int b = 0; b < 4; ++b) {
+    current_case = "sequence " + std::to_string(b) + " alone, of " + describe(c, "dispatched");
+    Problem one = all;
+    one.p.B = 1;
+    one.p.q = static_cast<const __nv_bfloat16*>(all.p.q) + b * all.p.q_stride[0];
+    one.p.block_table += b * all.p.table_stride, one.p.seq_lens += b;
+    Output expected = together;
+    const long rows = one.rows();
+    expected.lse.assign(together.lse.begin() + b * rows, together.lse.begin() + (b + 1) * rows);
+    expected.o.assign(together.o.begin() + b * rows * c.R,
+                      together.o.begin() + (b + 1) * rows * c.R);
+    expect_same(expected, run_once(one, false), current_case);
+  }
+}
+
+// A graph serves whatever lengths the device holds when it runs.
+void check_graph(Arena& arena, cudaStream_t stream) {
+  Case c = {"graph", {2000, 1300, 64, 1}, 1, 32, 160, 64, 64};
+  arena.release(0);
+  const Problem problem = make_problem<__nv_bfloat16>(arena, c, 123);
+  launch(problem, false, stream);
+  CUDA_OK(cudaStreamSynchronize(stream));
+  const Graph graph(stream, [&] { launch(problem, false, stream); });
+  const std::vector<std::vector<int>> changes = {
+      {2000, 1300, 64, 1}, {1, 0, 64, 0}, {0, 0, 0, 0}, {1999, 33, 0, 1}, {2000, 1300, 64, 1}};
+  for (const std::vector<int>& lens : changes) {
+    c.lens = lens;
+    current_case = describe(c, "replayed");
+    to_device(const_cast<int*>(problem.p.seq_lens), lens);
+    poison_outputs(problem);
+    graph.launch();
+    CUDA_OK(cudaStreamSynchronize(stream));
+    compare<__nv_bfloat16>(arena, problem, c, "replayed");
+  }
+  const Output first(problem);
+  for (int i = 0; i < 300; ++i) {
+    graph.launch();
+    CUDA_OK(cudaStreamSynchronize(stream));
+    expect_same(first, Output(problem), "replay " + std::to_string(i) + " of " + current_case);
+  }
+}
+
+// Two streams with workspaces of their own do not disturb each other.
+void check_streams(Arena& arena) {
+  const Case c = {"two streams", {3000, 1300, 64, 1}, 1, 24, 128, 64, 64};
+  current_case = describe(c, "both");
+  arena.release(0);
+  Problem problems[2];
+  cudaStream_t streams[2];
+  for (int i = 0; i < 2; ++i) {
+    problems[i] = make_problem<__nv_bfloat16>(arena, c, 7u + i);
+    poison_outputs(problems[i]);
+    CUDA_OK(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));
+  }
+  CUDA_OK(cudaDeviceSynchronize());
+  for (int n = 0; n < 200; ++n)
+    for (int i = 0; i < 2; ++i) launch(problems[i], false, streams[i]);
+  CUDA_OK(cudaDeviceSynchronize());
+  for (int i = 0; i < 2; ++i) {
+    compare<__nv_bfloat16>(arena, problems[i], c, i == 0 ? "stream 0" : "stream 1");
+    CUDA_OK(cudaStreamDestroy(streams[i]));
+  }
+}
+
+// Short products follow each other closest, where a missing barrier shows now and then.
+void check_repeats(Arena& arena) {
+  const Case c = {"repeats", {777, 3, 4100}, 1, 32, 64, 64, 64};
+  arena.release(0);
+  const Problem problem = make_problem<__nv_bfloat16>(arena, c, 17);
+  const Output first = run_once(problem, false);
+  for (int i = 0; i < 1000; ++i) {
+    current_case = "repeat " + std::to_string(i) + " of " + describe(c, "TMA");
+    launch(problem, false);
+    CUDA_OK(cudaDeviceSynchronize());
+    expect_same(first, Output(problem), current_case);
+  }
+}
+
+int check() {
+  Arena arena(kFarBytes + (std::size_t{2} << 30));
+  check_case(arena, {"one block", {32}, 1, 16, 64, 64, 64});
+  check_case(arena, {"one token", {1}, 1, 1, 64, 32, 16});
+  check_case(arena, {"two blocks", {64}, 1, 32, 160, 64, 64});
+  check_case(arena, {"one sequence", {300}, 1, 32, 160, 64, 64});
+  check_case(arena, {"one sequence, cut", {5000}, 1, 32, 160, 64, 64});
+  tally.section("plain");
+
+  for (const bool bf16 : {true, false})
+    for (const int R : {64, 96, 128, 160, 192, 256})
+      for (const int E : {0, 32, 64})
+        check_case(arena, {"instances", {700, 0, 33, 64, 1}, 1, 32, R, E, 64, bf16});
+  for (const int R : {8, 16, 48, 80, 112, 144, 176, 208, 240, 248})
+    for (const int E : {8, 64})
+      check_case(arena, {"padded instances", {129, 31}, 1, 24, R, E, 32, R % 32 == 0});
+  tally.section("instances");
+
+  for (const int H : {1, 3, 4, 8, 16, 17, 24, 32, 33, 48, 64, 100, 126, 128})
+    for (const int T : {1, 2, 5, 16})
+      check_case(arena, {"rows", {1, 65, 200, T}, T, H, 128, 64, 64, (H + T) % 2 == 0});
+  for (const int T : {1, 3})
+    for (const int H : {16, 32, 64, 128}) {
+      check_case(arena, {"rows of rank 256", {1, 65, 200}, T, H, 256, 64, 64});
+      check_case(arena, {"rows of rank 192", {700, 65, 200}, T, H, 192, 64, 16, false});
+    }
+  tally.section("rows");
+
+  check_lengths_and_pages(arena);
+  tally.section("lengths and pages");
+
+  Case strided = {"strides", {333, 1, 77}, 2, 24, 128, 64, 64};
+  strided.row_pad = 8, strided.q_pad = true;
+  check_case(arena, strided);
+  strided.R = 160, strided.page = 16, strided.bf16 = false, strided.row_pad = 40;
+  check_case(arena, strided);
+  Case far = {"far", {1333, 1, 77}, 1, 32, 160, 64, 64};
+  far.far = true;
+  check_case(arena, far);
+  far.R = 128, far.E = 32, far.page = 16, far.row_pad = 8;
+  check_case(arena, far);
+  tally.section("strides");
+
+  for (const Content content :
+       {Content::kRising, Content::kFalling, Content::kSpikes, Content::kEqual, Content::kSteps})
+    for (const bool bf16 : {true, false})
+      for (const int split : {0, 64})
+        check_case(arena, {"steep", {300, 2000}, 1, 16, 64, 64, 64, bf16, split, content});
+  tally.section("steep scores");
+
+  for (const int split : {1, 32, 64, 100, 512, 4096})
+    for (const int T : {1, 3}) {
+      check_case(arena, {"split", {1500, 3, 0, 700}, T, 32, 160, 64, 64, true, split});
+      check_case(arena, {"split", {1500, 3, 0, 700, 65}, T, 128, 256, 64, 16, false, split});
+    }
+  tally.section("split_size");
+
+  check_random(arena);
+  tally.section("random");
+
+  cudaStream_t stream;
+  CUDA_OK(cudaStreamCreate(&stream));
+  check_invariance(arena);
+  check_graph(arena, stream);
+  CUDA_OK(cudaStreamDestroy(stream));
+  check_streams(arena);
+  check_repeats(arena);
+  return tally.finish();
+}
+
+// ---- time
+
+constexpr std::size_t kPoolBytes = std::size_t{4} << 30;
+
+struct Shape {
+  const char* model;
+  int B, tokens, H, R, E;
+};
+
+Problem make_shape(Arena& arena, const Shape& s, int T, void* pool) {
+  constexpr int kPage = 64;
+  Problem made;
+  MlaDecodeParams& p = made.p;
+  p.B = s.B, p.T = T, p.H = s.H, p.G = 1, p.R = p.v_dim = s.R, p.E = s.E, p.page = kPage;
+  p.scale = 1 / std::sqrt(static_cast<double>(s.R + s.E)), p.dtype = DType::kBFloat16;
+  p.row_stride = s.R + s.E, p.page_stride = p.row_stride * kPage;
+  p.max_pages = p.table_stride = ceil_div(s.tokens, kPage), p.pages = p.B * p.max_pages;
+  p.cache = pool;
+  if (p.pages * p.page_stride * 2 > static_cast<long>(kPoolBytes)) stop("time", "a small pool");
+  std::vector<int> table(p.pages);
+  for (long i = 0; i < p.pages; ++i) table[i] = static_cast<int>(i);
+  std::shuffle(table.begin(), table.end(), std::mt19937(3));
+  int* const device_table = arena.take<int>(table.size());
+  to_device(device_table, table);
+  p.block_table = device_table;
+  int* const lens = arena.take<int>(s.B);
+  to_device(lens, std::vector<int>(s.B, s.tokens));
+  p.seq_lens = lens, p.seq_lens_stride = 1;
+  p.q_stride[2] = p.row_stride, p.q_stride[1] = p.row_stride * s.H;
+  p.q_stride[0] = p.q_stride[1] * T;
+  auto* const q = arena.take<__nv_bfloat16>(p.B * p.q_stride[0]);
+  fill(q, made.rows(), p.row_stride, p.row_stride, 1.f, 0.f, 5);
+  p.q = q;
+  take_outputs(arena, made);
+  CUDA_OK(cudaDeviceSynchronize());
+  return made;
+}
+
+// One call with a cold L2 full of dirty lines; beside it, one whose L2 was clean, and one after the
+// same call.
+void time_shape(const Bench& bench, Arena& arena, char* pool, const Shape& s, int T) {
+  const std::size_t mark = arena.mark();
+  const Problem problem = make_shape(arena, s, T, pool);
+  const double cache_bytes = 2. * s.B * s.tokens * (s.R + s.E);
+  const double bytes = cache_bytes + 2. * static_cast<double>(problem.rows()) * (2 * s.R + s.E);
+  const int replays = bytes > 3e8 ? 7 : 15;
+  const auto dirty = [&] { bench.flush_by_write(); };
+  const double read_us = graph_us(bench.stream, replays, dirty,
+                                  [&] { bench.read(pool, static_cast<std::size_t>(bytes)); });
+  for (const bool portable : {false, true}) {
+    char name[96];
+    std::snprintf(name, sizeof(name), "%s B %3d, %6d tokens, H %3d, T %d, %s", s.model, s.B,
+                  s.tokens, s.H, T, portable ? "cp.async" : "TMA");
+    current_case = name;
+    const auto call = [&] { launch(problem, portable, bench.stream); };
+    const double us = graph_us(bench.stream, replays, dirty, call);
+    const double clean_us = graph_us(bench.stream, replays, [&] { bench.flush_by_read(); }, call);
+    const double hot_us = graph_us(bench.stream, replays, [] {}, call);
+    bench.print_row(name, bytes, read_us, us);
+    std::printf("  clean L2 %.1f, again %.1f us\n", clean_us, hot_us);
+  }
+  arena.release(mark);
+}
+
+int time() {
+  constexpr Shape kShapes[] = {
+      {"8B", 1, 2048, 32, 160, 64},    {"8B", 1, 32768, 32, 160, 64},
+      {"8B", 8, 8192, 32, 160, 64},    {"8B", 64, 8192, 32, 160, 64},
+      {"8B", 64, 32768, 32, 160, 64},  {"8B", 256, 2048, 32, 160, 64},
+      {"8B", 256, 8192, 32, 160, 64},  {"3B", 1, 2048, 24, 128, 64},
+      {"3B", 8, 8192, 24, 128, 64},    {"3B", 8, 32768, 24, 128, 64},
+      {"3B", 64, 2048, 24, 128, 64},   {"3B", 64, 8192, 24, 128, 64},
+      {"3B", 64, 32768, 24, 128, 64},  {"3B", 256, 8192, 24, 128, 64},
+      {"3B", 256, 32768, 24, 128, 64}, {"1B", 64, 8192, 32, 128, 32},
+      {"1B", 64, 32768, 32, 128, 32},
+  };
+  Arena arena(kPoolBytes + (std::size_t{1} << 30));
+  char* const pool = arena.take_as_is<char>(kPoolBytes);
+  fill(reinterpret_cast<__nv_bfloat16*>(pool), 1, kPoolBytes / 2, kPoolBytes / 2, 1.f, 0.f, 1);
+  CUDA_OK(cudaDeviceSynchronize());
+  const Bench bench(arena, pool, kPoolBytes);
+  Bench::print_header("bf16, pages of 64 tokens; after a write of 256 MB");
+  for (const Shape& s : kShapes) time_shape(bench, arena, pool, s, 1);
+  for (const int T : {2, 4}) time_shape(bench, arena, pool, {"8B", 64, 8192, 32, 160, 64}, T);
+  for (const int H : {8, 16, 64, 128})
+    time_shape(bench, arena, pool, {"8B", 64, 8192, H, 160, 64}, 1);
+  return 0;
+}
+
+}  // namespace
+}  // namespace zebra::native
+
+int main(int argc, char** argv) {
+  return zebra::native::run(argc, argv, zebra::native::check, zebra::native::time);
+}
