@@ -142,7 +142,7 @@ def test_fused_kl_div_crosses_chunks_of_tokens():
     (kl, dhidden, dweight), halves = run(slice(None), dkl), [run(*part) for part in parts]
     torch.testing.assert_close(kl, torch.cat([h[0] for h in halves]))
     torch.testing.assert_close(dhidden, torch.cat([h[1] for h in halves]))
-    # fp32 sums over all tokens: roundings add up like a random walk, in the whole and in the halves.
+    # fp32 sums over all tokens: roundings add up like a random walk, in the whole and the halves.
     bound = 2 * tokens**0.5 * torch.finfo(torch.float32).eps
     assert relative_error(dweight, halves[0][2].double() + halves[1][2].double()) < bound
 
