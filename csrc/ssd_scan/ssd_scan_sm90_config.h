@@ -13,7 +13,6 @@ constexpr int kSsdTileBytes = kSsdChunk * 128;  // 64 tokens x 64 elements of 16
 constexpr int kSsdDecaySlots = 4;  // chunks whose decays are kept ready, a power of two
 constexpr int kSsdPmSlots = 2;     // chunks whose masked scores are kept ready
 constexpr int kSsdMostStages = 6;
-constexpr int kSsdScaledSlots = 3;         // chunks of scaled x in the walk for the states
 constexpr int kSsdSm90SmemBytes = 232448;  // shared memory of a CTA on sm_90
 
 // Sums of squares for the norm: a row for every 2 x 2 rows of a state warpgroup's registers.
@@ -72,12 +71,14 @@ struct SsdScanSm90Config {
 };
 
 // Grains of a sequence: an empty one has one, because its state is passed through.
-constexpr std::int64_t ssd_scan_grains(std::int64_t tokens, int grain_shift) {
+template <typename Int>
+constexpr Int ssd_scan_grains(Int tokens, int grain_shift) {
   return tokens <= 0 ? 1 : ((tokens - 1) / kSsdChunk >> grain_shift) + 1;
 }
 
 // Where unit `u` begins in the line, before it snaps.
-constexpr std::int64_t ssd_scan_cut(std::int64_t share, std::int64_t more, std::int64_t u) {
+template <typename Int>
+constexpr Int ssd_scan_cut(Int share, Int more, Int u) {
   return share * u + (u < more ? u : more);
 }
 // How far a cut at grain `at` of a sequence of `grains` moves.

@@ -163,7 +163,7 @@ __global__ void ssd_scan_plan_kernel(const __grid_constant__ SsdArgs a, int4* ta
   const int end = min(first + per, sequences);
   const auto grains = [&](int i) {
     const int tokens = a.p.cu_seqlens[i + 1] - a.p.cu_seqlens[i];
-    return static_cast<int>(ssd_scan_grains(tokens, a.cfg.grain_shift));
+    return ssd_scan_grains(tokens, a.cfg.grain_shift);
   };
   int own = 0;
   for (int i = first; i < end; ++i) own += grains(i);
@@ -186,7 +186,7 @@ __global__ void ssd_scan_plan_kernel(const __grid_constant__ SsdArgs a, int4* ta
   // Without snapping, units are grains, of which there may be fewer than were allowed for.
   const int share = a.cfg.snap == 0 ? 1 : line / units, more = a.cfg.snap == 0 ? 0 : line % units;
   for (int u = threadIdx.x; u <= units; u += kThreads) {
-    int at = min(static_cast<int>(ssd_scan_cut(share, more, u)), line);
+    int at = min(ssd_scan_cut(share, more, u), line);
     int bundle = at / all, sequence = 0;
     const int inside = at - bundle * all;
     for (int size = sequences; size > 0;) {  // the first sequence that ends beyond `inside`

@@ -39,7 +39,7 @@ __device__ __forceinline__ Place place_of(const SsdArgs& a, int unit) {
   }
   const SsdScanSm90Config& cfg = a.cfg;
   const int grains = static_cast<int>(cfg.grains), sequences = static_cast<int>(a.p.sequences);
-  int at = static_cast<int>(cfg.share) * unit + min(unit, static_cast<int>(cfg.more));
+  int at = ssd_scan_cut(static_cast<int>(cfg.share), static_cast<int>(cfg.more), unit);
   int line = at / grains;
   const int moved = at + static_cast<int>(ssd_scan_snap(at - line * grains, grains, cfg.snap));
   if (moved != at) at = moved, line = at / grains;
@@ -128,7 +128,7 @@ struct Pieces {
       length = a.p.cu_seqlens[sequence + 1] - begin;
     }
     const int shift = a.cfg.grain_shift;
-    const int grains = length <= 0 ? 1 : ((length - 1) / kQ >> shift) + 1;
+    const int grains = ssd_scan_grains(length, shift);
     const int size = min(grains - at.grain, left);
     const int from = (at.grain << shift) * kQ;
     grain = at.grain;
