@@ -111,36 +111,8 @@ struct MlaDecodeConfig {
 
 constexpr std::int64_t kMlaUnitBytes = 32;
 
-constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std::int64_t sms,
-                                                   int smem_limit) {
-  MlaDecodeConfig c = {};
-  const MlaInstance instance = mla_decode_instance(s.rank, s.rope);
-  c.rank = instance.rank, c.rope = instance.rope;
-  c.stage = s.tma ? kMlaTmaStage : kMlaBlock;
-  const int width = c.rank + c.rope;
-  const int stage = c.stage * width * 2;
-  c.groups = 1;
-  while (c.groups < kMlaWarps && c.groups * 16 < s.rows) c.groups *= 2;
-  int slots = 0;
-  for (;; c.groups /= 2) {  // fewer rows where q leaves no room for two stages
-    c.ring_offset = kMlaMergeOffset + mla_merge_bytes(1) + mla_q_bytes(c.groups, width);
-    slots = (smem_limit - c.ring_offset) / stage;
-    if (slots >= 2 || c.groups == 1) break;
-  }
-  c.halves = c.groups < kMlaWarps ? c.stage / kMlaBlock : 1;
-  c.streams = kMlaWarps / (c.groups * c.halves);
-  while (c.streams > 1 && slots / c.streams < 2) c.streams /= 2;
-  c.slots = slots / c.streams < kMlaMostSlots ? slots / c.streams : kMlaMostSlots;
-  while (c.slots > 2 && c.streams * c.slots * stage > kMlaRingBytes) --c.slots;
-  const int left = smem_limit - c.ring_offset - c.streams * c.slots * stage + mla_merge_bytes(1);
-  c.merge_parts = c.rank / 32;  // as few rounds of equal parts as there is room for
-  for (int rounds = 2; mla_merge_bytes(c.merge_parts) > left; ++rounds)
-    c.merge_parts = ceil_div(c.rank / 32, rounds);
-  c.q_offset = kMlaMergeOffset + mla_merge_bytes(c.merge_parts);
-  c.ring_offset = c.q_offset + mla_q_bytes(c.groups, width);
-  c.smem_bytes = c.ring_offset + c.streams * c.slots * stage;
-  c.passes = static_cast<int>(ceil_div<std::int64_t>(s.rows, 16 * c.groups));
-
+// How work is cut, given how rows and stages are dealt: the rest of a configuration.
+constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t sms, MlaDecodeConfig& c) {
   const std::int64_t items = s.batch * c.passes;
   const std::int64_t item_blocks = ceil_div<std::int64_t>(s.max_tokens, c.stage);
   constexpr std::int64_t kMostSplit = (std::int64_t{1} << 31) - kMlaTmaStage;
@@ -171,6 +143,38 @@ constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std:
   c.sums_offset = rows * 8;
   c.units_offset = c.sums_offset + rows * c.rank * 4;
   c.workspace_bytes = c.units_offset + c.units * kMlaUnitBytes;
+}
+
+constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std::int64_t sms,
+                                                   int smem_limit) {
+  MlaDecodeConfig c = {};
+  const MlaInstance instance = mla_decode_instance(s.rank, s.rope);
+  c.rank = instance.rank, c.rope = instance.rope;
+  c.stage = s.tma ? kMlaTmaStage : kMlaBlock;
+  const int width = c.rank + c.rope;
+  const int stage = c.stage * width * 2;
+  c.groups = 1;
+  while (c.groups < kMlaWarps && c.groups * 16 < s.rows) c.groups *= 2;
+  int slots = 0;
+  for (;; c.groups /= 2) {  // fewer rows where q leaves no room for two stages
+    c.ring_offset = kMlaMergeOffset + mla_merge_bytes(1) + mla_q_bytes(c.groups, width);
+    slots = (smem_limit - c.ring_offset) / stage;
+    if (slots >= 2 || c.groups == 1) break;
+  }
+  c.halves = c.groups < kMlaWarps ? c.stage / kMlaBlock : 1;
+  c.streams = kMlaWarps / (c.groups * c.halves);
+  while (c.streams > 1 && slots / c.streams < 2) c.streams /= 2;
+  c.slots = slots / c.streams < kMlaMostSlots ? slots / c.streams : kMlaMostSlots;
+  while (c.slots > 2 && c.streams * c.slots * stage > kMlaRingBytes) --c.slots;
+  const int left = smem_limit - c.ring_offset - c.streams * c.slots * stage + mla_merge_bytes(1);
+  c.merge_parts = c.rank / 32;  // as few rounds of equal parts as there is room for
+  for (int rounds = 2; mla_merge_bytes(c.merge_parts) > left; ++rounds)
+    c.merge_parts = ceil_div(c.rank / 32, rounds);
+  c.q_offset = kMlaMergeOffset + mla_merge_bytes(c.merge_parts);
+  c.ring_offset = c.q_offset + mla_q_bytes(c.groups, width);
+  c.smem_bytes = c.ring_offset + c.streams * c.slots * stage;
+  c.passes = static_cast<int>(ceil_div<std::int64_t>(s.rows, 16 * c.groups));
+  mla_cut_work(s, sms, c);
   return c;
 }
 

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "mla_decode/mla_decode_launch.cuh"
+#include "mla_decode/mla_decode_wide_launch.h"
 
 namespace zebra {
 namespace {
@@ -9,14 +10,23 @@ namespace {
 bool takes_tma(const MlaDecodeParams& p) {
   return takes_sm90() && mla_decode_tma_takes(p.R, p.E, p.page);
 }
+bool takes_wide(const MlaDecodeParams& p) {
+  return takes_sm90() && mla_wide_takes(p.R, p.E, p.page) && mla_wide_is_better(p.T * p.H, p.R);
+}
 
 }  // namespace
 
+bool mla_decode_cuda_takes(const MlaDecodeParams& p) {
+  return mla_decode_takes(p.R, p.E) || takes_wide(p);
+}
+
 std::int64_t mla_decode_cuda_workspace(const MlaDecodeParams& p) {
+  if (takes_wide(p)) return mla_wide_config(p).workspace_bytes;
   return mla_config(p, takes_tma(p)).workspace_bytes;
 }
 
 Status mla_decode_cuda(const MlaDecodeParams& p, void* workspace, cudaStream_t stream) {
+  if (takes_wide(p)) return mla_decode_wide(p, workspace, stream);
   return takes_tma(p) ? mla_decode_sm90(p, workspace, stream)
                       : mla_decode_portable(p, workspace, stream);
 }

@@ -1,0 +1,329 @@
+// The kernel of mla_decode for many query rows, or latents wider than 256, on Hopper.
+//
+// Computes       o and lse of mla_decode.h for latent queries, R up to 512, E up to 64.
+//                Derivation: docs/kernels/mla_decode.md.
+// Grid           (n, 1 or 2), persistent, one CTA a multiprocessor: mla_decode_schedule.cuh deals
+//                the tokens to n pairs of CTAs, of which each has 64 of the pair's rows.  Both walk
+//                the same tokens, so L2 serves one of them.
+// Warps          12: two warpgroups of products with half of the columns of o each, and a warp that
+//                loads, mla_decode_wide_load.cuh.
+// Block          64 cached rows.  Warpgroup b % 2 owns block b: it makes the scores and
+//                probabilities of it, and passes them to the other through shared memory, in place
+//                of the block's rope columns, which nobody needs any more.  Then each adds its
+//                half of the columns.  While one exponentiates, the other multiplies.
+// Softmax        base 2, relative to a reference that moves only when a score exceeds it by 2^20
+//                (fp16: 2^8).  The owner of a block moves it; the other follows.
+// Bound          128 rows of 512 + 64: the tensor cores.  64 rows: HBM.
+#pragma once
+
+#include "common/sm90/wgmma.cuh"
+#include "mla_decode/mla_decode_kernel.cuh"
+#include "mla_decode/mla_decode_wide_load.cuh"
+
+namespace zebra {
+namespace {
+
+enum { kMlaBarrierRows = 1, kMlaBarrierOwn = 2, kMlaBarrierHandOver = 4 };  // named barriers
+
+constexpr int kMlaProducts = 256;  // threads of both warpgroups
+constexpr int kMlaLoadRegisters = 64, kMlaProductRegisters = 224;  // of a thread
+
+// What a thread of the products works with.
+template <typename T, typename S>
+struct MlaWideRows {
+  float o[S::kRank / 4];          // 64 rows x half of the columns, over the warpgroup
+  float reference[2], sum[2];     // of rows g and g + 8 of the warp; the sum is of own blocks
+  std::uint32_t base, q;          // shared memory: of the kernel, of q
+  int half, warp, lane;           // the warpgroup, the warp in it
+
+  __device__ __forceinline__ int row(int i) const { return warp * 16 + lane / 4 + 8 * i; }
+  __device__ __forceinline__ bool is_left_behind(float top, int i) const {
+    return top > reference[i] + (std::is_same_v<T, __half> ? 8.f : 20.f);
+  }
+  __device__ __forceinline__ void barrier_of_both() const {
+    named_barrier(kMlaBarrierRows, kMlaProducts);
+  }
+
+  // ---- opens a piece: q to shared memory, in the layout of TMA's swizzle.  Rows past the last one
+  // compute what it does, and are not written.
+  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int first_row) {
+    constexpr int kUnits = S::kTiles * 8, kAtOnce = 6;
+    const int thread = threadIdx.x;
+    const char* const from = static_cast<const char*>(a.q) + 2 * step.b * a.q_stride[0];
+    barrier_of_both();  // all scores of the item before are made
+#pragma unroll 1
+    for (int first = thread; first < kMlaWideRows * kUnits; first += kAtOnce * kMlaProducts) {
+      std::uint32_t v[kAtOnce][4] = {};
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int i = first + n * kMlaProducts, r = i / kUnits, column = i % kUnits * 8;
+        const bool is_rope = column >= S::kRank;
+        if (i >= kMlaWideRows * kUnits ||
+            column - (is_rope ? S::kRank : 0) >= (is_rope ? a.E : a.R))
+          continue;
+        const int mine = min(first_row + r, a.rows - 1);
+        const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
+        const std::int64_t offset =
+            token * a.q_stride[1] + head * a.q_stride[2] + column - (is_rope ? S::kRank - a.R : 0);
+        if (a.q_is_aligned) {
+          const uint4 unit = __ldg(reinterpret_cast<const uint4*>(from + 2 * offset));
+          v[n][0] = unit.x, v[n][1] = unit.y, v[n][2] = unit.z, v[n][3] = unit.w;
+        } else {
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            v[n][k] = __ldg(reinterpret_cast<const std::uint32_t*>(from + 2 * offset) + k);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int i = first + n * kMlaProducts, r = i / kUnits, unit = i % kUnits;
+        if (i < kMlaWideRows * kUnits)
+          st_shared_v4(q + unit / 8 * kMlaWideTileBytes + r * 128 + ((unit % 8 ^ (r & 7)) << 4),
+                       v[n]);
+      }
+    }
+    if (thread < kMlaWideRows)
+      S::shared().limits[thread] =
+          step.length - a.tokens + a.heads.quotient(min(first_row + thread, a.rows - 1)) + 1;
+#pragma unroll
+    for (int j = 0; j < S::kRank / 4; ++j) o[j] = 0.f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
+    sm90::fence_async_proxy();
+    barrier_of_both();
+  }
+
+  // ---- one block of tokens
+
+  // Starts the scores of block b, tile by tile as they arrive.
+  __device__ __forceinline__ void score(float (&s)[32], const MlaWideSlot<S>& slot) const {
+#pragma unroll
+    for (int n = 0; n < S::kTiles; ++n) {
+      const int tile = S::tile(half, n);
+      sm90::mbarrier_wait(slot.full(tile), slot.parity);
+      sm90::wgmma_fence();
+      const std::uint64_t dq = sm90::wgmma_descriptor(q + tile * kMlaWideTileBytes, 16);
+      const std::uint64_t dk = sm90::wgmma_descriptor(slot.stage + tile * kMlaWideTileBytes, 16);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        sm90::wgmma_ss<T>(s, sm90::advance(dq, 32 * k), sm90::advance(dk, 32 * k), n > 0 || k > 0);
+    }
+    sm90::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void scale_sums(const float (&shrink)[2]) {
+#pragma unroll
+    for (int j = 0; j < S::kRank / 4; ++j) o[j] *= shrink[j / 2 % 2];
+  }
+
+  // Starts the products of a block that the other warpgroup owns.
+  __device__ __forceinline__ void follow(const MlaWideSlot<S>& slot) {
+    const int owner = 1 - half, mine = half * S::kHalfTiles;
+#pragma unroll
+    for (int n = 0; n < S::kHalfTiles; ++n) sm90::mbarrier_wait(slot.full(mine + n), slot.parity);
+    named_barrier(kMlaBarrierHandOver + owner, kMlaProducts);
+    if (__any_sync(kWarp, S::shared().is_raised[owner][warp])) {
+      float shrink[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float raised = S::shared().references[owner][row(i)];
+        shrink[i] = reference[i] == -kInfinity ? 1.f : exp2_approx(reference[i] - raised);
+        reference[i] = raised, sum[i] *= shrink[i];
+      }
+      scale_sums(shrink);
+    }
+    sm90::wgmma_fence(o);
+    const std::uint64_t dp = sm90::wgmma_descriptor(slot.probabilities(), 16);
+    const std::uint64_t dv =
+        sm90::wgmma_descriptor(slot.stage + mine * kMlaWideTileBytes, kMlaWideTileBytes);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      sm90::wgmma_ss<T, sm90::Major::kMN>(o, sm90::advance(dp, 32 * k), sm90::advance(dv, 2048 * k),
+                                          true);
+    sm90::wgmma_commit();
+  }
+  // Once products with a block are done: this warpgroup's half of it may be refilled.
+  __device__ __forceinline__ void release(const MlaWideSlot<S>& slot) const {
+    if (lane == 0) sm90::mbarrier_arrive(slot.empty(half));
+  }
+
+  // A block that this warpgroup owns, whose tokens start at `token`; kFollows: with the products of
+  // the one before it, which the other owns, on the way.
+  template <bool kFollows>
+  __device__ __forceinline__ void attend(const MlaArgs& a, const MlaStep& step, int b, int token) {
+    const MlaWideSlot<S> slot(base, b);
+    float s[32];
+    score(s, slot);
+    if (kFollows) follow(MlaWideSlot<S>(base, b - 1));
+    sm90::wgmma_wait<kFollows ? 1 : 0>(s);
+
+    const int left = step.end - token;
+    if (left < kMlaWideBlock) slot.clear_tail(left, threadIdx.x % 128);
+    float top[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+    for (float& v : s) v *= a.scale;
+    if (token + kMlaWideBlock > step.length - a.tokens + 1) {
+      const int limit[2] = {S::shared().limits[row(0)], S::shared().limits[row(1)]};
+      const int first = token + 2 * (lane % 4);
+#pragma unroll
+      for (int j = 0; j < 32; ++j)
+        if (first + j / 4 * 8 + j % 2 >= limit[j / 2 % 2]) s[j] = -kInfinity;
+    }
+#pragma unroll
+    for (int j = 0; j < 32; ++j) top[j / 2 % 2] = fmaxf(top[j / 2 % 2], s[j]);
+    const bool is_raised =
+        __any_sync(kWarp, is_left_behind(top[0], 0) || is_left_behind(top[1], 1));
+    float shrink[2] = {1.f, 1.f};
+    if (is_raised) raise(top, shrink);
+    if (lane == 0) S::shared().is_raised[half][warp] = is_raised;
+    const float zero[2] = {reference[0] == -kInfinity ? 0.f : reference[0],
+                           reference[1] == -kInfinity ? 0.f : reference[1]};
+    std::uint32_t p[4][4];
+#pragma unroll
+    for (int j = 0; j < 32; j += 2) {
+      const int i = j / 2 % 2;
+      s[j] = exp2_approx(s[j] - zero[i]), s[j + 1] = exp2_approx(s[j + 1] - zero[i]);
+      sum[i] += s[j] + s[j + 1];
+      p[j / 8][j / 2 % 4] = pack<T>(s[j], s[j + 1]);
+    }
+    // All four warps are done with the rope columns, and have cleared rows past the end.
+    named_barrier(kMlaBarrierOwn + half, 128);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      sm90::stmatrix_x4(slot.probabilities(warp * 16 + lane % 16, 2 * k + lane / 16), p[k][0],
+                        p[k][1], p[k][2], p[k][3]);
+    sm90::fence_async_proxy();
+    named_barrier_arrive(kMlaBarrierHandOver + half, kMlaProducts);
+
+    if (kFollows) {
+      sm90::wgmma_wait<0>(o);
+      release(MlaWideSlot<S>(base, b - 1));
+    }
+    if (is_raised) scale_sums(shrink);
+    sm90::wgmma_fence(o);
+    const std::uint64_t dv = sm90::wgmma_descriptor(
+        slot.stage + half * S::kHalfTiles * kMlaWideTileBytes, kMlaWideTileBytes);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      sm90::wgmma_rs<T, sm90::Major::kMN>(o, p[k], sm90::advance(dv, 2048 * k));
+    sm90::wgmma_commit();
+    sm90::wgmma_wait<0>(o);
+    release(slot);
+  }
+
+  // Raises the reference of rows whose scores have left it behind.
+  __device__ __forceinline__ void raise(float (&top)[2], float (&shrink)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = fmaxf(top[i], __shfl_xor_sync(kWarp, top[i], 1));
+      top[i] = fmaxf(top[i], __shfl_xor_sync(kWarp, top[i], 2));
+      if (is_left_behind(top[i], i)) {
+        shrink[i] = reference[i] == -kInfinity ? 1.f : exp2_approx(reference[i] - top[i]);
+        reference[i] = top[i];
+      }
+      sum[i] *= shrink[i];
+      if (lane % 4 == 0) S::shared().references[half][row(i)] = reference[i];
+    }
+  }
+
+  // ---- the end of a piece: the item's o and lse, or a partial result
+  __device__ __forceinline__ void finish(const MlaArgs& a, const MlaStep& step, int first_row) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[i] += __shfl_xor_sync(kWarp, sum[i], 1);
+      sum[i] += __shfl_xor_sync(kWarp, sum[i], 2);
+      if (lane % 4 == 0) S::shared().sums[half][row(i)] = sum[i];
+    }
+    barrier_of_both();
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (first_row + row(i) < a.rows) write(a, step, first_row + row(i), i);
+  }
+  // Row `mine` of the sequence, which is rows g + 8 i of this thread.
+  __device__ __forceinline__ void write(const MlaArgs& a, const MlaStep& step, int mine, int i) {
+    const int pass_rows = 16 * a.groups, column = half * (S::kRank / 2) + 2 * (lane % 4);
+    const float whole = S::shared().sums[0][row(i)] + S::shared().sums[1][row(i)];
+    const bool speaks = half == 0 && lane % 4 == 0;
+    if (step.partial >= 0) {
+      const std::int64_t kept = step.partial * pass_rows + (mine - step.pass * pass_rows);
+      float* const to = a.sums + kept * S::kRank + column;
+#pragma unroll
+      for (int j = 0; j < S::kRank / 16; ++j)
+        *reinterpret_cast<float2*>(to + 8 * j) = {o[4 * j + 2 * i], o[4 * j + 2 * i + 1]};
+      if (speaks) a.stats[kept] = {reference[i], whole};
+    } else {
+      const std::int64_t out = static_cast<std::int64_t>(step.b) * a.rows + mine;
+      char* const to = static_cast<char*>(a.o) + (out * a.R + column) * 2;
+      const float inverse = whole == 0.f ? 0.f : __fdividef(1.f, whole);
+#pragma unroll
+      for (int j = 0; j < S::kRank / 16; ++j)
+        if (column + 8 * j < a.R)
+          *reinterpret_cast<std::uint32_t*>(to + 16 * j) =
+              pack<T>(o[4 * j + 2 * i] * inverse, o[4 * j + 2 * i + 1] * inverse);
+      if (speaks) a.lse[out] = mla_lse(reference[i], whole);
+    }
+  }
+};
+
+// The products of all pieces of a CTA.
+template <typename T, typename S>
+__device__ __forceinline__ void mla_wide_products(const MlaArgs& a) {
+  MlaWideRows<T, S> mine;
+  mine.base = smem_addr(&S::shared()), mine.q = mine.base + kMlaWideHeader;
+  // The same in all lanes, which the compiler has to know: products in branches must not diverge.
+  const int index = __shfl_sync(kWarp, static_cast<int>(threadIdx.x / 32), 0);
+  mine.half = index / 4, mine.warp = index % 4, mine.lane = threadIdx.x % 32;
+  int first = 0;  // block of the piece, in the order in which the CTA loads them
+#pragma unroll 1
+  for (int n = 0;; ++n) {
+    sm90::mbarrier_wait(S::noted(n), n / kMlaWidePieces & 1);
+    const MlaStep& step = S::shared().pieces[n % kMlaWidePieces];
+    if (step.flags & MlaStep::kStop) break;
+    const int first_row = mla_wide_first_row(a, step.pass);
+    const int last = first + ceil_div(step.end - step.token, kMlaWideBlock);
+    mine.begin(a, step, first_row);
+    int b = first + ((first & 1) != mine.half);
+    const auto token = [&] { return step.token + (b - first) * kMlaWideBlock; };
+    if (b == first) {
+      mine.template attend<false>(a, step, b, token());
+      b += 2;
+    }
+#pragma unroll 1
+    for (; b < last; b += 2) mine.template attend<true>(a, step, b, token());
+    if (b == last) {
+      const MlaWideSlot<S> slot(mine.base, b - 1);
+      mine.follow(slot);
+      sm90::wgmma_wait<0>(mine.o);
+      mine.release(slot);
+    }
+    mine.finish(a, step, first_row);
+    first = last;
+  }
+}
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(kMlaProducts + 128, 1)
+    mla_wide_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaWideMaps maps) {
+  sm90::grid_launch_dependents();
+  auto& shared = S::shared();
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 0; i < S::kBarriers; ++i)
+      sm90::mbarrier_init(S::barrier(i), i < S::kEmptyBarriers ? 4 : 1);
+    sm90::mbarrier_init_fence();
+  }
+  const MlaShare share = mla_share(a, shared.scratch);
+  if (threadIdx.x == 0) shared.has_empty = share.has_empty;
+  __syncthreads();
+  if (threadIdx.x >= kMlaProducts) {
+    sm90::registers_decrease<kMlaLoadRegisters>();
+    if (threadIdx.x < kMlaProducts + 32) mla_wide_load<S>(a, maps, share);
+    return;
+  }
+  sm90::registers_increase<kMlaProductRegisters>();
+  mla_wide_products<T, S>(a);
+  if (shared.has_empty && blockIdx.y == 0) mla_write_empty<T>(a);
+}
+
+}  // namespace
+}  // namespace zebra
