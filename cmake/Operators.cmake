@@ -178,7 +178,7 @@ function(zebra_build_libraries)
     target_include_directories(zebra_test_configs PRIVATE csrc)
     target_compile_options(zebra_test_configs PRIVATE ${ZEBRA_COMPILE_OPTIONS})
     add_test(NAME configs COMMAND zebra_test_configs)
-    foreach(kernel linear_decode mla_decode)
+    foreach(kernel linear_decode mla_decode mla_decode_wide)
       add_executable(zebra_emulate_${kernel} tests/csrc/emulate_${kernel}.cpp)
       set_target_properties(zebra_emulate_${kernel} PROPERTIES CXX_STANDARD 20)  # <barrier>
       target_include_directories(zebra_emulate_${kernel} PRIVATE csrc)
@@ -187,6 +187,8 @@ function(zebra_build_libraries)
       target_link_libraries(zebra_emulate_${kernel} PRIVATE pthread)
       add_test(NAME emulate_${kernel} COMMAND zebra_emulate_${kernel})
     endforeach()
+    target_include_directories(zebra_emulate_mla_decode_wide BEFORE PRIVATE
+      tests/csrc/sm90_on_host tests/csrc)  # Hopper's instructions, before the device's own
   endif()
   if(ZEBRA_NATIVE)
     if(NOT ZEBRA_CUDA_FOUND)

@@ -7,6 +7,7 @@
 #include "driver.h"
 #include "mla_decode/mla_decode.h"
 #include "mla_decode/mla_decode_config.h"
+#include "mla_decode/mla_decode_wide_config.h"
 
 namespace zebra::native {
 // What the first column of the cached latents holds, on which the scores then depend.
@@ -41,9 +42,11 @@ inline std::string describe(const Case& c, const char* route) {
 
 // As the launchers choose, for their workspaces and for reports.
 inline MlaDecodeConfig config_of(const MlaDecodeParams& p, bool tma) {
-  return select_mla_decode_config(
-      {p.B, p.T * p.H, p.R, p.E, p.max_pages * p.page, p.split_size, tma}, multiprocessors(),
-      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  const MlaDecodeShape shape = {p.B, p.T * p.H, p.R, p.E, p.max_pages * p.page, p.split_size, tma};
+  return mla_decode_takes(p.R, p.E)
+             ? select_mla_decode_config(shape, multiprocessors(),
+                                        device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))
+             : select_mla_wide_config(shape, multiprocessors());
 }
 inline bool takes_tma(const MlaDecodeParams& p) { return mla_decode_tma_takes(p.R, p.E, p.page); }
 
@@ -87,7 +90,8 @@ inline void take_outputs(Arena& arena, Problem& problem) {
   MlaDecodeParams& p = problem.p;
   p.o = arena.take<std::uint16_t>(problem.rows() * p.R);
   p.lse = arena.take<float>(problem.rows());
-  std::int64_t bytes = config_of(p, false).workspace_bytes;
+  std::int64_t bytes = mla_decode_cuda_workspace(p);
+  if (mla_decode_takes(p.R, p.E)) bytes = std::max(bytes, config_of(p, false).workspace_bytes);
   if (takes_tma(p)) bytes = std::max(bytes, config_of(p, true).workspace_bytes);
   problem.workspace_bytes = bytes;
   problem.workspace = arena.take<char>(problem.workspace_bytes);

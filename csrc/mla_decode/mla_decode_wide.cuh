@@ -26,15 +26,18 @@ namespace {
 enum { kMlaBarrierRows = 1, kMlaBarrierOwn = 2, kMlaBarrierHandOver = 4 };  // named barriers
 
 constexpr int kMlaProducts = 256;  // threads of both warpgroups
-constexpr int kMlaLoadRegisters = 64, kMlaProductRegisters = 224;  // of a thread
+// Registers of a thread; together no more than the CTA was launched with, 168 for each.
+constexpr int kMlaLoadRegisters = 56, kMlaProductRegisters = 224;
+static_assert(kMlaLoadRegisters * 128 + kMlaProductRegisters * kMlaProducts <=
+              168 * (kMlaProducts + 128));
 
 // What a thread of the products works with.
 template <typename T, typename S>
 struct MlaWideRows {
-  float o[S::kRank / 4];          // 64 rows x half of the columns, over the warpgroup
-  float reference[2], sum[2];     // of rows g and g + 8 of the warp; the sum is of own blocks
-  std::uint32_t base, q;          // shared memory: of the kernel, of q
-  int half, warp, lane;           // the warpgroup, the warp in it
+  float o[S::kRank / 4];       // 64 rows x half of the columns, over the warpgroup
+  float reference[2], sum[2];  // of rows g and g + 8 of the warp; the sum is of own blocks
+  std::uint32_t base, q;       // shared memory: of the kernel, of q
+  int half, warp, lane;        // the warpgroup, the warp in it
 
   __device__ __forceinline__ int row(int i) const { return warp * 16 + lane / 4 + 8 * i; }
   __device__ __forceinline__ bool is_left_behind(float top, int i) const {

@@ -125,18 +125,18 @@ struct MlaWidePages {
   __device__ __forceinline__ MlaWidePages(const MlaArgs& a, const MlaWideMaps& maps,
                                           const MlaWalk& walk)
       : table(a.block_table + walk.b * a.table_stride), from(walk.token), end(walk.end) {
-    const int mine = from + (threadIdx.x % 32 << maps.log_box);
+    const int mine = from + ((threadIdx.x % 32) << maps.log_box);
     now = entry(a, mine), next = entry(a, mine + (32 << maps.log_box));
   }
   // To a token of the first 32 boxes or of those after them.
   __device__ __forceinline__ void move(const MlaArgs& a, const MlaWideMaps& maps, int token) {
-    if (token - from < 32 << maps.log_box) return;
+    if (token - from < (32 << maps.log_box)) return;
     from += 32 << maps.log_box, now = next;
-    next = entry(a, from + (threadIdx.x % 32 + 32 << maps.log_box));
+    next = entry(a, from + ((threadIdx.x % 32 + 32) << maps.log_box));
   }
   // The page of the box that starts at this lane's `token`, at most 63 boxes on.  All lanes call.
   __device__ __forceinline__ int of(const MlaWideMaps& maps, int token) const {
-    const int box = token - from >> maps.log_box;
+    const int box = (token - from) >> maps.log_box;
     const int near = __shfl_sync(kWarp, now, box & 31), far = __shfl_sync(kWarp, next, box & 31);
     return box < 32 ? near : far;
   }
@@ -173,7 +173,7 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
       const int row = a.page.rest(mine);
       const int boxes = kMlaWideBlock >> maps.log_box;
       const bool is_mine = lane < boxes && mine < walk.end;
-      const int filled = min(boxes, walk.end - token + maps.box - 1 >> maps.log_box);
+      const int filled = min(boxes, (walk.end - token + maps.box - 1) >> maps.log_box);
       const std::uint32_t to = slot.stage + (lane << maps.log_box) * 128;
 #pragma unroll 1
       for (int t = 0; t < S::kTiles; ++t) {
@@ -186,9 +186,9 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
         if (lane == 0) sm90::mbarrier_expect(slot.full(tile), filled * maps.box * 128);
         __syncwarp();
         if (is_mine)
-          sm90::tma_load_3d(to + tile * kMlaWideTileBytes, tile < S::kRope ? &maps.latent : &maps.rope,
-                            slot.full(tile), tile < S::kRope ? tile * 64 : maps.rope_column, row,
-                            page);
+          sm90::tma_load_3d(to + tile * kMlaWideTileBytes,
+                            tile < S::kRope ? &maps.latent : &maps.rope, slot.full(tile),
+                            tile < S::kRope ? tile * 64 : maps.rope_column, row, page);
       }
       // What both CTAs of a pair will need they ask for in turns.
       const int later = mine + maps.ahead * kMlaWideBlock, later_page = pages.of(maps, later);

@@ -6,6 +6,7 @@
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
 #include "mla_decode/mla_decode_config.h"
+#include "mla_decode/mla_decode_wide_config.h"
 #include "rms_norm/rms_norm.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_sm90_config.h"
@@ -153,6 +154,33 @@ void mla_decode_tiles_fit() {
   static_assert(c.merge_parts == 5, "8B");
 }
 
+void mla_wide_tiles_fit() {
+  for (const std::int64_t page : {8, 16, 24, 48, 64, 96, 256}) {
+    const int box = zebra::mla_wide_box(page);
+    EXPECT(zebra::mla_wide_takes(512, 64, page) && box >= 8 && page % box == 0 && 64 % box == 0,
+           "page %ld", static_cast<long>(page));
+  }
+  for (std::int64_t rank = 8; rank <= 512; rank += 8)
+    for (const std::int64_t rows : {1, 16, 64, 65, 128, 129, 2048})
+      for (const std::int64_t batch : {1, 7, 64, 300})
+        for (const std::int64_t split : {0, 1, 512})
+          for (const std::int64_t sms : {1, 78, 132}) {
+            const zebra::MlaDecodeConfig c =
+                zebra::select_mla_wide_config({batch, rows, rank, 64, 5000, split, true}, sms);
+            const auto r = static_cast<long>(rank);
+            EXPECT(c.rank >= rank && c.smem_bytes <= zebra::kMlaSm90SmemBytes, "%ld", r);
+            EXPECT(c.slots >= 2 && c.slots % 2 == 0, "%ld", r);
+            EXPECT(std::int64_t{16} * c.groups * c.passes >= rows && c.groups * 16 <= 128,
+                   "%ld rows", static_cast<long>(rows));
+            EXPECT(c.ctas >= 1 && (sms == 1 || c.ctas * (c.groups * 16 / 64) <= sms), "%ld SMs",
+                   static_cast<long>(sms));
+          }
+  // DeepSeek's 128 heads: a sequence is a pair's.
+  constexpr zebra::MlaDecodeConfig c =
+      zebra::select_mla_wide_config({64, 128, 512, 64, 8192, 0, true}, 132);
+  static_assert(c.ctas == 64 && c.groups == 8 && c.passes == 1 && c.slots == 2);
+}
+
 // Every output belongs to one unit, every step along K to one CTA, and no product reads past the
 // shared memory of its CTA.
 void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s, int sms) {
@@ -228,6 +256,7 @@ void linear_decode_tiles_fit() {
 int main() {
   token_tiles_cover_a_token();
   mla_decode_tiles_fit();
+  mla_wide_tiles_fit();
   linear_decode_tiles_fit();
   rms_norm_tiles_cover_a_row();
   ssd_scan_tiles_fit();

@@ -101,8 +101,7 @@ enum class Major { kK = 0, kMN = 1 };
 #define ZEBRA_D32A(d) ZEBRA_D32(d, 0)
 #define ZEBRA_D16(d) ZEBRA_D8(d, 0), ZEBRA_D8(d, 8)
 #define ZEBRA_D64(d) ZEBRA_D32(d, 0), ZEBRA_D32(d, 32)
-#define ZEBRA_D128(d) \
-  ZEBRA_D32(d, 0), ZEBRA_D32(d, 32), ZEBRA_D32(d, 64), ZEBRA_D32(d, 96)
+#define ZEBRA_D128(d) ZEBRA_D32(d, 0), ZEBRA_D32(d, 32), ZEBRA_D32(d, 64), ZEBRA_D32(d, 96)
 #define ZEBRA_P8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ZEBRA_P16 ZEBRA_P8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 ZEBRA_SS(4, "8", ZEBRA_D4, "%0, %1, %2, %3", "%4", "%5", "%6", "%7")
@@ -137,8 +136,7 @@ ZEBRA_RS(8, "16", ZEBRA_D8A, ZEBRA_P8, "%8", "%9", "%10", "%11", "%12", "%13", "
 ZEBRA_RS(16, "32", ZEBRA_D16, ZEBRA_P16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 ZEBRA_RS(32, "64", ZEBRA_D32A, ZEBRA_P32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 ZEBRA_RS(64, "128", ZEBRA_D64, ZEBRA_P64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-ZEBRA_RS(128, "256", ZEBRA_D128, ZEBRA_P128, "%128", "%129", "%130", "%131", "%132", "%133",
-         "%134")
+ZEBRA_RS(128, "256", ZEBRA_D128, ZEBRA_P128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #undef ZEBRA_RS
 #undef ZEBRA_RS_OF
 #undef ZEBRA_D4
