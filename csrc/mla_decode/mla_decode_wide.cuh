@@ -20,6 +20,13 @@
 #include "mla_decode/mla_decode_kernel.cuh"
 #include "mla_decode/mla_decode_wide_load.cuh"
 
+#ifndef ZEBRA_WIDE_FIRST
+#define ZEBRA_WIDE_FIRST 0
+#endif
+#ifndef ZEBRA_WIDE_QREG
+#define ZEBRA_WIDE_QREG 0
+#endif
+
 namespace zebra {
 namespace {
 
@@ -27,7 +34,7 @@ enum { kMlaBarrierRows = 1, kMlaBarrierOwn = 2, kMlaBarrierHandOver = 4 };  // n
 
 constexpr int kMlaProducts = 256;  // threads of both warpgroups
 // Registers of a thread; together no more than the CTA was launched with, 168 for each.
-constexpr int kMlaLoadRegisters = 56, kMlaProductRegisters = 224;
+constexpr int kMlaLoadRegisters = 40, kMlaProductRegisters = 232;
 static_assert(kMlaLoadRegisters * 128 + kMlaProductRegisters * kMlaProducts <=
               168 * (kMlaProducts + 128));
 
@@ -36,6 +43,9 @@ template <typename T, typename S>
 struct MlaWideRows {
   float o[S::kRank / 4];       // 64 rows x half of the columns, over the warpgroup
   float reference[2], sum[2];  // of rows g and g + 8 of the warp; the sum is of own blocks
+#if ZEBRA_WIDE_QREG
+  std::uint32_t q_rope[4][4];  // q's rope columns as left operands
+#endif
   std::uint32_t base, q;       // shared memory: of the kernel, of q
   int half, warp, lane;        // the warpgroup, the warp in it
 
@@ -50,39 +60,30 @@ struct MlaWideRows {
   // ---- opens a piece: q to shared memory, in the layout of TMA's swizzle.  Rows past the last one
   // compute what it does, and are not written.
   __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int first_row) {
-    constexpr int kUnits = S::kTiles * 8, kAtOnce = 6;
-    const int thread = threadIdx.x;
+    constexpr int kUnits = S::kTiles * 8;
+    int thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));  // indices are computed here, not kept from piece to piece
     const char* const from = static_cast<const char*>(a.q) + 2 * step.b * a.q_stride[0];
     barrier_of_both();  // all scores of the item before are made
-#pragma unroll 1
-    for (int first = thread; first < kMlaWideRows * kUnits; first += kAtOnce * kMlaProducts) {
-      std::uint32_t v[kAtOnce][4] = {};
+#pragma unroll 2
+    for (int i = thread; i < kMlaWideRows * kUnits; i += kMlaProducts) {
+      const int r = i / kUnits, unit = i % kUnits, column = unit * 8;
+      const bool is_rope = column >= S::kRank;
+      const bool is_there = column - (is_rope ? S::kRank : 0) < (is_rope ? a.E : a.R);
+      const int mine = min(first_row + r, a.rows - 1);
+      const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
+      const std::int64_t offset =
+          token * a.q_stride[1] + head * a.q_stride[2] + column - (is_rope ? S::kRank - a.R : 0);
+      const std::uint32_t to =
+          q + unit / 8 * kMlaWideTileBytes + r * 128 + ((unit % 8 ^ (r & 7)) << 4);
+      if (a.q_is_aligned) {
+        cp_async_16(to, is_there ? from + 2 * offset : from, is_there);
+      } else {
+        std::uint32_t v[4] = {};
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = first + n * kMlaProducts, r = i / kUnits, column = i % kUnits * 8;
-        const bool is_rope = column >= S::kRank;
-        if (i >= kMlaWideRows * kUnits ||
-            column - (is_rope ? S::kRank : 0) >= (is_rope ? a.E : a.R))
-          continue;
-        const int mine = min(first_row + r, a.rows - 1);
-        const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
-        const std::int64_t offset =
-            token * a.q_stride[1] + head * a.q_stride[2] + column - (is_rope ? S::kRank - a.R : 0);
-        if (a.q_is_aligned) {
-          const uint4 unit = __ldg(reinterpret_cast<const uint4*>(from + 2 * offset));
-          v[n][0] = unit.x, v[n][1] = unit.y, v[n][2] = unit.z, v[n][3] = unit.w;
-        } else {
-#pragma unroll
-          for (int k = 0; k < 4; ++k)
-            v[n][k] = __ldg(reinterpret_cast<const std::uint32_t*>(from + 2 * offset) + k);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = first + n * kMlaProducts, r = i / kUnits, unit = i % kUnits;
-        if (i < kMlaWideRows * kUnits)
-          st_shared_v4(q + unit / 8 * kMlaWideTileBytes + r * 128 + ((unit % 8 ^ (r & 7)) << 4),
-                       v[n]);
+        for (int k = 0; k < 4; ++k)
+          if (is_there) v[k] = __ldg(reinterpret_cast<const std::uint32_t*>(from + 2 * offset) + k);
+        st_shared_v4(to, v);
       }
     }
     if (thread < kMlaWideRows)
@@ -92,21 +93,39 @@ struct MlaWideRows {
     for (int j = 0; j < S::kRank / 4; ++j) o[j] = 0.f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
+    cp_async_wait_all();
     sm90::fence_async_proxy();
     barrier_of_both();
+#if ZEBRA_WIDE_QREG
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int r = warp * 16 + lane % 16;
+      ldmatrix_x4(q_rope[k], q + S::kRope * kMlaWideTileBytes + r * 128 +
+                                 (((2 * k + lane / 16) ^ (r & 7)) << 4));
+    }
+#endif
   }
 
   // ---- one block of tokens
 
-  // Starts the scores of block b, tile by tile as they arrive.
-  __device__ __forceinline__ void score(float (&s)[32], const MlaWideSlot<S>& slot) const {
+  // Starts tiles `first` to `last` of the scores of a block as they arrive.
+  __device__ __forceinline__ void score(float (&s)[32], const MlaWideSlot<S>& slot, int first,
+                                        int last) const {
 #pragma unroll
-    for (int n = 0; n < S::kTiles; ++n) {
+    for (int n = first; n < last; ++n) {
       const int tile = S::tile(half, n);
       sm90::mbarrier_wait(slot.full(tile), slot.parity);
       sm90::wgmma_fence();
       const std::uint64_t dq = sm90::wgmma_descriptor(q + tile * kMlaWideTileBytes, 16);
       const std::uint64_t dk = sm90::wgmma_descriptor(slot.stage + tile * kMlaWideTileBytes, 16);
+#if ZEBRA_WIDE_QREG
+      if (n == S::kRope) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          sm90::wgmma_rs<T, sm90::Major::kK>(s, q_rope[k], sm90::advance(dk, 32 * k));
+        continue;
+      }
+#endif
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         sm90::wgmma_ss<T>(s, sm90::advance(dq, 32 * k), sm90::advance(dk, 32 * k), n > 0 || k > 0);
@@ -145,26 +164,41 @@ struct MlaWideRows {
                                           true);
     sm90::wgmma_commit();
   }
-  // Once products with a block are done: this warpgroup's half of it may be refilled.
+  // Once products with a block that the other warpgroup owns are done: it needs no more of it.
   __device__ __forceinline__ void release(const MlaWideSlot<S>& slot) const {
-    if (lane == 0) sm90::mbarrier_arrive(slot.empty(half));
+    if (lane == 0) sm90::mbarrier_arrive(slot.empty(S::kChunks));
   }
 
   // A block that this warpgroup owns, whose tokens start at `token`; kFollows: with the products of
-  // the one before it, which the other owns, on the way.
-  template <bool kFollows>
+  // the one before it, which the other owns.  Half 0 makes those first, half 1 while it waits for
+  // its scores: of two blocks, the first is exponentiated while the second is scored, the second
+  // while all make products with the first.
+  template <bool kFirst, bool kFollows>
   __device__ __forceinline__ void attend(const MlaArgs& a, const MlaStep& step, int b, int token) {
-    const MlaWideSlot<S> slot(base, b);
+    const MlaWideSlot<S> slot(base, b), before(base, b - 1);
     float s[32];
-    score(s, slot);
-    if (kFollows) follow(MlaWideSlot<S>(base, b - 1));
-    sm90::wgmma_wait<kFollows ? 1 : 0>(s);
+    if (kFirst) {
+      if (kFollows) follow(before);
+      score(s, slot, 0, S::kHalfTiles);
+      if (kFollows) {
+        sm90::wgmma_wait<1>(o);
+        release(before);
+      }
+      score(s, slot, S::kHalfTiles, S::kTiles);
+      sm90::wgmma_wait<0>(s);
+    } else {
+      score(s, slot, 0, S::kTiles);
+      if (kFollows) follow(before);
+      sm90::wgmma_wait<kFollows ? 1 : 0>(s);
+    }
 
     const int left = step.end - token;
     if (left < kMlaWideBlock) slot.clear_tail(left, threadIdx.x % 128);
-    float top[2] = {-kInfinity, -kInfinity};
+    if (a.scale < 0.f) {
 #pragma unroll
-    for (float& v : s) v *= a.scale;
+      for (float& v : s) v = -v;
+    }
+    const float scale = fabsf(a.scale);
     if (token + kMlaWideBlock > step.length - a.tokens + 1) {
       const int limit[2] = {S::shared().limits[row(0)], S::shared().limits[row(1)]};
       const int first = token + 2 * (lane % 4);
@@ -172,8 +206,10 @@ struct MlaWideRows {
       for (int j = 0; j < 32; ++j)
         if (first + j / 4 * 8 + j % 2 >= limit[j / 2 % 2]) s[j] = -kInfinity;
     }
+    float top[2] = {-kInfinity, -kInfinity};
 #pragma unroll
     for (int j = 0; j < 32; ++j) top[j / 2 % 2] = fmaxf(top[j / 2 % 2], s[j]);
+    top[0] *= scale, top[1] *= scale;
     const bool is_raised =
         __any_sync(kWarp, is_left_behind(top[0], 0) || is_left_behind(top[1], 1));
     float shrink[2] = {1.f, 1.f};
@@ -185,7 +221,8 @@ struct MlaWideRows {
 #pragma unroll
     for (int j = 0; j < 32; j += 2) {
       const int i = j / 2 % 2;
-      s[j] = exp2_approx(s[j] - zero[i]), s[j + 1] = exp2_approx(s[j + 1] - zero[i]);
+      s[j] = exp2_approx(fmaf(s[j], scale, -zero[i]));
+      s[j + 1] = exp2_approx(fmaf(s[j + 1], scale, -zero[i]));
       sum[i] += s[j] + s[j + 1];
       p[j / 8][j / 2 % 4] = pack<T>(s[j], s[j + 1]);
     }
@@ -198,20 +235,30 @@ struct MlaWideRows {
     sm90::fence_async_proxy();
     named_barrier_arrive(kMlaBarrierHandOver + half, kMlaProducts);
 
-    if (kFollows) {
+    if (!kFirst && kFollows) {
       sm90::wgmma_wait<0>(o);
-      release(MlaWideSlot<S>(base, b - 1));
+      release(before);
     }
     if (is_raised) scale_sums(shrink);
     sm90::wgmma_fence(o);
     const std::uint64_t dv = sm90::wgmma_descriptor(
         slot.stage + half * S::kHalfTiles * kMlaWideTileBytes, kMlaWideTileBytes);
+    constexpr int kColumns = S::kRank / 4 / S::kChunks;  // of a chunk, in registers
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      sm90::wgmma_rs<T, sm90::Major::kMN>(o, p[k], sm90::advance(dv, 2048 * k));
-    sm90::wgmma_commit();
+    for (int c = 0; c < S::kChunks; ++c) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        sm90::wgmma_rs<T, sm90::Major::kMN>(
+            reinterpret_cast<float(&)[kColumns]>(o[c * kColumns]), p[k],
+            sm90::advance(dv, c * S::kChunkTiles * kMlaWideTileBytes + 2048 * k));
+      sm90::wgmma_commit();
+    }
+    if constexpr (S::kChunks == 2) {
+      sm90::wgmma_wait<1>();
+      if (lane == 0) sm90::mbarrier_arrive(slot.empty(0));
+    }
     sm90::wgmma_wait<0>(o);
-    release(slot);
+    if (lane == 0) sm90::mbarrier_arrive(slot.empty(S::kChunks - 1));
   }
 
   // Raises the reference of rows whose scores have left it behind.
@@ -268,14 +315,13 @@ struct MlaWideRows {
   }
 };
 
-// The products of all pieces of a CTA.
-template <typename T, typename S>
-__device__ __forceinline__ void mla_wide_products(const MlaArgs& a) {
+// The products of all pieces of a CTA, of warpgroup kHalf.
+template <int kHalf, typename T, typename S>
+__device__ __forceinline__ void mla_wide_products(const MlaArgs& a, int warp) {
+  constexpr bool kIsFirst = kHalf == ZEBRA_WIDE_FIRST;
   MlaWideRows<T, S> mine;
   mine.base = smem_addr(&S::shared()), mine.q = mine.base + kMlaWideHeader;
-  // The same in all lanes, which the compiler has to know: products in branches must not diverge.
-  const int index = __shfl_sync(kWarp, static_cast<int>(threadIdx.x / 32), 0);
-  mine.half = index / 4, mine.warp = index % 4, mine.lane = threadIdx.x % 32;
+  mine.half = kHalf, mine.warp = warp, mine.lane = threadIdx.x % 32;
   int first = 0;  // block of the piece, in the order in which the CTA loads them
 #pragma unroll 1
   for (int n = 0;; ++n) {
@@ -285,14 +331,14 @@ __device__ __forceinline__ void mla_wide_products(const MlaArgs& a) {
     const int first_row = mla_wide_first_row(a, step.pass);
     const int last = first + ceil_div(step.end - step.token, kMlaWideBlock);
     mine.begin(a, step, first_row);
-    int b = first + ((first & 1) != mine.half);
+    int b = first + ((first & 1) != kHalf);
     const auto token = [&] { return step.token + (b - first) * kMlaWideBlock; };
     if (b == first) {
-      mine.template attend<false>(a, step, b, token());
+      mine.template attend<kIsFirst, false>(a, step, b, token());
       b += 2;
     }
 #pragma unroll 1
-    for (; b < last; b += 2) mine.template attend<true>(a, step, b, token());
+    for (; b < last; b += 2) mine.template attend<kIsFirst, true>(a, step, b, token());
     if (b == last) {
       const MlaWideSlot<S> slot(mine.base, b - 1);
       mine.follow(slot);
@@ -316,16 +362,26 @@ __global__ void __launch_bounds__(kMlaProducts + 128, 1)
     sm90::mbarrier_init_fence();
   }
   const MlaShare share = mla_share(a, shared.scratch);
-  if (threadIdx.x == 0) shared.has_empty = share.has_empty;
+  if (threadIdx.x == 0) shared.share = share;
   __syncthreads();
   if (threadIdx.x >= kMlaProducts) {
     sm90::registers_decrease<kMlaLoadRegisters>();
-    if (threadIdx.x < kMlaProducts + 32) mla_wide_load<S>(a, maps, share);
+    if (threadIdx.x < kMlaProducts + 32) {
+      if (maps.box == kMlaWideBlock)
+        mla_wide_load<S, true>(a, maps, shared.share);
+      else
+        mla_wide_load<S, false>(a, maps, shared.share);
+    }
     return;
   }
   sm90::registers_increase<kMlaProductRegisters>();
-  mla_wide_products<T, S>(a);
-  if (shared.has_empty && blockIdx.y == 0) mla_write_empty<T>(a);
+  // The same in all lanes, which the compiler has to know: products in branches must not diverge.
+  const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x / 32), 0);
+  if (warp < 4)
+    mla_wide_products<0, T, S>(a, warp);
+  else
+    mla_wide_products<1, T, S>(a, warp - 4);
+  if (shared.share.has_empty && blockIdx.y == 0) mla_write_empty<T>(a);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ namespace zebra {
 
 constexpr int kMlaWideRows = 64;   // query rows of a CTA, those of a wgmma
 constexpr int kMlaWideBlock = 64;  // cached tokens that a warpgroup scores at once
+constexpr int kMlaWideLogBlock = 6;
 constexpr int kMlaWideTileBytes = kMlaWideBlock * 128;  // 64 columns of a block
 constexpr int kMlaWideHeader = 3072;  // bytes of shared memory before q: barriers, statistics
 constexpr int kMlaWidePieces = 8;     // that the warp which loads may be ahead

@@ -17,7 +17,6 @@ struct MlaWideMaps {
   CUtensorMap latent, rope;
   int box, log_box;  // rows
   int rope_column;   // of `rope` where the rope columns start
-  int ahead;         // blocks between what is loaded and what is asked for in L2
 };
 
 // What lies before q and the blocks in shared memory.
@@ -29,12 +28,13 @@ struct MlaWideShared {
   int limits[kMlaWideRows];  // tokens that a row sees
   int is_raised[2][4];       // by owner and warp
   int scratch[12];
-  int has_empty;
+  MlaShare share;
 };
 static_assert(sizeof(MlaWideShared) <= kMlaWideHeader);
 
 // A block is tiles of 64 columns in rows of 128 bytes, 16-byte unit u of row r at u ^ (r % 8): the
-// latent, half of it for each warpgroup, then the rope columns.
+// latent, half of it for each warpgroup, then the rope columns.  Its owner gives its own half back
+// in chunks; the other warpgroup gives back the rest at once.
 template <int kRank_>
 struct MlaWideShape {
   static constexpr int kRank = kRank_, kStages = mla_wide_stages(kRank);
@@ -42,8 +42,11 @@ struct MlaWideShape {
   static constexpr int kStageBytes = kTiles * kMlaWideTileBytes;
   static constexpr int kRing = kMlaWideHeader + kTiles * kMlaWideTileBytes;
   static constexpr int kSmemBytes = kRing + kStages * kStageBytes;
-  // By stage: its halves are empty; then: its tiles are full; then: a piece is noted.
-  static constexpr int kEmptyBarriers = 2 * kStages;
+  static constexpr int kChunkTiles = kHalfTiles < 2 ? kHalfTiles : 2;
+  static constexpr int kChunks = kHalfTiles / kChunkTiles;  // of the owner's half
+  // By stage: its chunks are empty, the rest is; then: its tiles are full; then: a piece is noted.
+  static constexpr int kEmpties = kChunks + 1;
+  static constexpr int kEmptyBarriers = kEmpties * kStages;
   static constexpr int kNotedBarriers = kEmptyBarriers + kStages * kTiles;
   static constexpr int kBarriers = kNotedBarriers + kMlaWidePieces;
   static_assert(kBarriers * 8 <= static_cast<int>(sizeof(MlaWideShared::barriers)));
@@ -79,8 +82,9 @@ struct MlaWideSlot {
         barriers(base),
         index(b % S::kStages),
         parity(b / S::kStages & 1) {}
-  __device__ __forceinline__ std::uint32_t empty(int half) const {
-    return barriers + 8 * (2 * index + half);
+  // Its chunk n of the owner's half, or, n = kChunks, the rest.
+  __device__ __forceinline__ std::uint32_t empty(int n) const {
+    return barriers + 8 * (S::kEmpties * index + n);
   }
   __device__ __forceinline__ std::uint32_t full(int tile) const {
     return barriers + 8 * (S::kEmptyBarriers + index * S::kTiles + tile);
@@ -122,34 +126,71 @@ struct MlaWidePages {
     const int page = token < end ? __ldg(table + a.page.quotient(token)) : 0;
     return min(max(page, 0), a.pages - 1);
   }
-  __device__ __forceinline__ MlaWidePages(const MlaArgs& a, const MlaWideMaps& maps,
-                                          const MlaWalk& walk)
+  __device__ __forceinline__ MlaWidePages(const MlaArgs& a, int log_box, const MlaWalk& walk)
       : table(a.block_table + walk.b * a.table_stride), from(walk.token), end(walk.end) {
-    const int mine = from + ((threadIdx.x % 32) << maps.log_box);
-    now = entry(a, mine), next = entry(a, mine + (32 << maps.log_box));
+    const int mine = from + ((threadIdx.x % 32) << log_box);
+    now = entry(a, mine), next = entry(a, mine + (32 << log_box));
   }
   // To a token of the first 32 boxes or of those after them.
-  __device__ __forceinline__ void move(const MlaArgs& a, const MlaWideMaps& maps, int token) {
-    if (token - from < (32 << maps.log_box)) return;
-    from += 32 << maps.log_box, now = next;
-    next = entry(a, from + ((threadIdx.x % 32 + 32) << maps.log_box));
+  __device__ __forceinline__ void move(const MlaArgs& a, int log_box, int token) {
+    if (token - from < (32 << log_box)) return;
+    from += 32 << log_box, now = next;
+    next = entry(a, from + ((threadIdx.x % 32 + 32) << log_box));
   }
   // The page of the box that starts at this lane's `token`, at most 63 boxes on.  All lanes call.
-  __device__ __forceinline__ int of(const MlaWideMaps& maps, int token) const {
-    const int box = (token - from) >> maps.log_box;
+  __device__ __forceinline__ int of(int log_box, int token) const {
+    const int box = (token - from) >> log_box;
     const int near = __shfl_sync(kWarp, now, box & 31), far = __shfl_sync(kWarp, next, box & 31);
     return box < 32 ? near : far;
   }
 };
 
-// Brings the blocks of the CTA's pieces in order, and notes pieces.  One warp.
-template <typename S>
+// Brings tiles of a block: `first` to `first + kCount` in the order in which they are scored.
+// `filled` boxes of the block are the sequence's; a lane brings one of them to `to`, where it has
+// one.  One box is brought by one lane without a loop over lanes, which takes 200 clocks a tile.
+template <typename S, int kFirst, int kCount, bool kIsWhole>
+__device__ __forceinline__ void mla_wide_bring(const MlaWideMaps& maps, const MlaWideSlot<S>& slot,
+                                               int owner, std::uint32_t to, int row, int page,
+                                               int filled, bool is_mine) {
+  const int lane = threadIdx.x % 32;
+  const auto bring = [&](int n) {
+    const int tile = S::tile(owner, n);
+    sm90::tma_load_3d(to + tile * kMlaWideTileBytes, n < S::kRope ? &maps.latent : &maps.rope,
+                      slot.full(tile), n < S::kRope ? tile * 64 : maps.rope_column, row, page);
+  };
+  if (kIsWhole) {
+    if (lane == 0) {
+#pragma unroll
+      for (int n = kFirst; n < kFirst + kCount; ++n) {
+        sm90::mbarrier_expect(slot.full(S::tile(owner, n)), kMlaWideTileBytes);
+        bring(n);
+      }
+    }
+  } else {
+    if (lane == 0) {
+#pragma unroll
+      for (int n = kFirst; n < kFirst + kCount; ++n)
+        sm90::mbarrier_expect(slot.full(S::tile(owner, n)), filled * maps.box * 128);
+    }
+    __syncwarp();
+    if (is_mine) {
+#pragma unroll
+      for (int n = kFirst; n < kFirst + kCount; ++n) bring(n);
+    }
+  }
+  __syncwarp();
+}
+
+// Brings the blocks of the CTA's pieces in order, and notes pieces.  One warp.  kIsWhole: a box is a
+// block.
+template <typename S, bool kIsWhole>
 __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMaps& maps,
                                               const MlaShare& share) {
   const int lane = threadIdx.x % 32;
   const std::uint32_t base = smem_addr(&S::shared());
   const bool speaks = lane == 0 && blockIdx.y == 0;  // for both CTAs of a pair
   if (speaks && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
+  const int log_box = kIsWhole ? kMlaWideLogBlock : maps.log_box, boxes = kMlaWideBlock >> log_box;
   MlaWalk walk;
   walk.begin(a, share);
   int b = 0, n = 0;
@@ -163,44 +204,32 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
   while (walk.advance(a, share)) {
     if (speaks && walk.token == 0) walk.list(a, share);
     if (mla_wide_first_row(a, walk.pass) >= a.rows) continue;  // the pair's other CTA has them all
-    MlaWidePages pages(a, maps, walk);
+    MlaWidePages pages(a, log_box, walk);
 #pragma unroll 1
-    for (int token = walk.token; token < walk.end; token += kMlaWideBlock, ++b) {
-      const MlaWideSlot<S> slot(base, b);
-      const int owner = b & 1;
-      pages.move(a, maps, token);
-      const int mine = token + (lane << maps.log_box), page = pages.of(maps, mine);
-      const int row = a.page.rest(mine);
-      const int boxes = kMlaWideBlock >> maps.log_box;
+    for (int first = walk.token; first < walk.end; first += kMlaWideBlock, ++b) {
+      // The same in all lanes, which the compiler has to know.
+      const int block = __shfl_sync(kWarp, b, 0), token = __shfl_sync(kWarp, first, 0);
+      const MlaWideSlot<S> slot(base, block);
+      const int owner = block & 1;
+      pages.move(a, log_box, token);
+      const int mine = kIsWhole ? token : token + (lane << log_box);
+      const int page = pages.of(log_box, mine), row = a.page.rest(mine);
       const bool is_mine = lane < boxes && mine < walk.end;
-      const int filled = min(boxes, (walk.end - token + maps.box - 1) >> maps.log_box);
-      const std::uint32_t to = slot.stage + (lane << maps.log_box) * 128;
-#pragma unroll 1
-      for (int t = 0; t < S::kTiles; ++t) {
-        const int tile = S::tile(owner, t);
-        if (t == 0) {
-          sm90::mbarrier_wait(slot.empty(owner), slot.parity ^ 1);
-          if (token == walk.token) note(0);
-        }
-        if (t == S::kHalfTiles) sm90::mbarrier_wait(slot.empty(1 - owner), slot.parity ^ 1);
-        if (lane == 0) sm90::mbarrier_expect(slot.full(tile), filled * maps.box * 128);
-        __syncwarp();
-        if (is_mine)
-          sm90::tma_load_3d(to + tile * kMlaWideTileBytes,
-                            tile < S::kRope ? &maps.latent : &maps.rope, slot.full(tile),
-                            tile < S::kRope ? tile * 64 : maps.rope_column, row, page);
+      const int filled = min(boxes, (walk.end - token + maps.box - 1) >> log_box);
+      const std::uint32_t to = kIsWhole ? slot.stage : slot.stage + (lane << log_box) * 128;
+      const std::uint32_t was_given_back = slot.parity ^ 1;
+      sm90::mbarrier_wait(slot.empty(0), was_given_back);
+      if (first == walk.token) note(0);
+      mla_wide_bring<S, 0, S::kChunkTiles, kIsWhole>(maps, slot, owner, to, row, page, filled,
+                                                     is_mine);
+      if constexpr (S::kChunks == 2) {
+        sm90::mbarrier_wait(slot.empty(1), was_given_back);
+        mla_wide_bring<S, S::kChunkTiles, S::kChunkTiles, kIsWhole>(maps, slot, owner, to, row,
+                                                                    page, filled, is_mine);
       }
-      // What both CTAs of a pair will need they ask for in turns.
-      const int later = mine + maps.ahead * kMlaWideBlock, later_page = pages.of(maps, later);
-      if (maps.ahead > 0 && lane < boxes && later < walk.end &&
-          (gridDim.y == 1 || (b & 1) == static_cast<int>(blockIdx.y))) {
-        const int later_row = a.page.rest(later);
-#pragma unroll 1
-        for (int tile = 0; tile < S::kTiles; ++tile)
-          sm90::tma_prefetch_3d(tile < S::kRope ? &maps.latent : &maps.rope,
-                                tile < S::kRope ? tile * 64 : maps.rope_column, later_row,
-                                later_page);
-      }
+      sm90::mbarrier_wait(slot.empty(S::kChunks), was_given_back);
+      mla_wide_bring<S, S::kHalfTiles, S::kHalfTiles + 1, kIsWhole>(maps, slot, owner, to, row,
+                                                                    page, filled, is_mine);
     }
   }
   note(MlaStep::kStop);

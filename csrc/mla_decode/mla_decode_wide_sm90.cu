@@ -8,8 +8,6 @@
 namespace zebra {
 namespace {
 
-constexpr int kMlaWideAhead = 0;
-
 Status encode(CUtensorMap* map, const MlaDecodeParams& p, std::int64_t first, std::int64_t columns,
               int box) {
   return sm90::encode_tensor_map(
@@ -22,7 +20,7 @@ Status encode(CUtensorMap* map, const MlaDecodeParams& p, std::int64_t first, st
 
 Status maps_of(const MlaDecodeParams& p, MlaWideMaps& maps) {
   std::memset(&maps, 0, sizeof(maps));
-  maps.box = mla_wide_box(p.page), maps.ahead = kMlaWideAhead;
+  maps.box = mla_wide_box(p.page);
   while (1 << maps.log_box < maps.box) ++maps.log_box;
   if (p.pages == 0) return {};
   const Status s = encode(&maps.latent, p, 0, p.R, maps.box);
@@ -61,6 +59,7 @@ Status mla_decode_wide(const MlaDecodeParams& p, void* workspace, cudaStream_t s
   std::memset(&a, 0, sizeof(a));
   Status s = mla_arguments(p, c, workspace, a);
   MlaWideMaps maps;
+  if (a.scale == 0.f) a.scale = 1e-30f;  // times minus infinity must not be NaN
   if (s.error == nullptr) s = maps_of(p, maps);
   if (s.error != nullptr) return s;
   return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(a, c, maps, stream)

@@ -110,7 +110,7 @@ class Problem {
     a.pieces = static_cast<int>(config.pieces), a.unit_count = static_cast<int>(config.units);
     a.is_split = config.split > 0, a.unit_per_item = config.unit_per_item, a.q_is_aligned = true;
     a.scale = static_cast<float>(1.44269504 / std::sqrt(width));
-    maps.box = zebra::mla_wide_box(c.page), maps.log_box = 0, maps.ahead = 1, maps.rope_column = 0;
+    maps.box = zebra::mla_wide_box(c.page), maps.log_box = 0, maps.rope_column = 0;
     while (1 << maps.log_box < maps.box) ++maps.log_box;
     maps.latent = {
         cache.data(), {c.R, c.page, a.pages}, {1, width, width * c.page}, {64, maps.box, 1}};

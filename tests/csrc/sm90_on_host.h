@@ -114,6 +114,11 @@ template <typename T>
 std::uint32_t pack(float lo, float hi) {
   return narrow<T>(lo) | static_cast<std::uint32_t>(narrow<T>(hi)) << 16;
 }
+inline void cp_async_16(std::uint32_t to, const void* from, bool is_valid) {
+  std::memset(smem + to, 0, 16);
+  if (is_valid) std::memcpy(smem + to, from, 16);
+}
+inline void cp_async_wait_all() {}
 struct NamedBarrier {
   std::mutex mutex;
   std::condition_variable all;
@@ -135,11 +140,16 @@ inline void named_barrier(int id, int threads) { named_barriers[id].meet(id, thr
 inline void named_barrier_arrive(int id, int threads) {
   named_barriers[id].meet(id, threads, false);
 }
+inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t addr) {
+  const int lane = threadIdx.x % 32;
+  for (int m = 0; m < 4; ++m) {
+    const std::uint32_t row = exchange(addr, 8 * m + lane / 4);
+    std::memcpy(&r[m], smem + row + lane % 4 * 4, 4);
+  }
+}
 // Of the other kernels, which are not run.
 inline void prefetch_l2(const void*) {}
-inline void ldmatrix_x4(std::uint32_t (&)[4], std::uint32_t) {}
 inline void ldmatrix_x4_trans(std::uint32_t (&)[4], std::uint32_t) {}
-inline void cp_async_16(std::uint32_t, const void*, bool) {}
 inline void cp_async_commit() {}
 template <int>
 void cp_async_wait() {}
@@ -215,7 +225,6 @@ inline void tma_load_3d(std::uint32_t to, const CUtensorMap* map, std::uint32_t 
     }
   mbarrier(bar).change(0, -bytes);
 }
-inline void tma_prefetch_3d(const CUtensorMap*, int, int, int) {}
 
 // ---- common/sm90/wgmma.cuh
 
