@@ -36,8 +36,9 @@ struct MlaDecodeParams {
 // neither on the number of threads nor on the rest of its batch.
 constexpr std::int64_t kMlaDecodeCpuSplit = 512;
 
-// CUDA: 16-bit dtypes, latent queries, what mla_decode_takes() (mla_decode_config.h), the cache in
-// 16-byte units, q in 4-byte units.  `workspace`: device memory of mla_decode_cuda_workspace(p)
+// CUDA: 16-bit dtypes, what mla_decode_takes() (mla_decode_config.h) and, with a weight,
+// mla_weight_takes() (mla_decode_weight_config.h); cache and weight in 16-byte units, q in 4-byte
+// units.  `workspace`: device memory of mla_decode_cuda_workspace(p)
 // bytes, which depends on shapes only.
 std::int64_t mla_decode_cuda_workspace(const MlaDecodeParams& p);
 Status mla_decode_cuda(const MlaDecodeParams& p, void* workspace, CUstream_st* stream);

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps) mla_combine_kernel(const MlaCo
   const int place = static_cast<int>(blockIdx.y) * wide + (thread & (wide - 1));
   const int row = a.quads.quotient(place), column = place - row * a.quads.divisor;
   sm90::grid_dependency_wait();
+  sm90::grid_launch_dependents();
   const MlaUnit unit = a.units[blockIdx.x];
   if (unit.count < 2) return;
   const int b = a.passes.quotient(unit.item);

@@ -13,7 +13,10 @@ bool takes_tma(const MlaDecodeParams& p) {
 }  // namespace
 
 std::int64_t mla_decode_cuda_workspace(const MlaDecodeParams& p) {
-  return mla_config(p, takes_tma(p)).workspace_bytes;
+  const std::int64_t bytes = mla_config(p, takes_tma(p)).workspace_bytes;
+  return p.weight == nullptr
+             ? bytes
+             : round_up<std::int64_t>(bytes, 256) + mla_weight_config(p).workspace_bytes;
 }
 
 Status mla_decode_cuda(const MlaDecodeParams& p, void* workspace, cudaStream_t stream) {
@@ -29,7 +32,7 @@ Status mla_decode_portable(const MlaDecodeParams& p, void* workspace, cudaStream
   if (s.error != nullptr) return s;
   MlaMaps maps;
   std::memset(&maps, 0, sizeof(maps));
-  return mla_launch<false>(p.dtype, a, c, maps, stream);
+  return mla_launch<false>(p, a, c, maps, stream);
 }
 
 }  // namespace zebra

@@ -69,6 +69,7 @@ struct MlaRows {
     const int lane = place.lane, threads = 32 * place.workers;
     const char* const base = static_cast<const char*>(a.q) + 2 * step.b * a.q_stride[0];
     const unsigned to = q_address - (lane & 15) * S::kQPitch - (lane >> 4) * 16;
+    sm90::grid_dependency_wait();  // q is the absorption's; nothing before is
 #pragma unroll 1
     for (int first = place.worker * 32 + lane; first < 16 * kUnits; first += kAtOnce * threads) {
       unsigned v[kAtOnce][4] = {};
@@ -84,11 +85,11 @@ struct MlaRows {
             token * a.q_stride[1] + head * a.q_stride[2] + column - (is_rope ? S::kRank - a.R : 0);
         const char* const from = base + 2 * offset;
         if (a.q_is_aligned) {
-          const uint4 unit = __ldg(reinterpret_cast<const uint4*>(from));
+          const uint4 unit = *reinterpret_cast<const uint4*>(from);
           v[n][0] = unit.x, v[n][1] = unit.y, v[n][2] = unit.z, v[n][3] = unit.w;
         } else {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) v[n][k] = __ldg(reinterpret_cast<const unsigned*>(from) + k);
+          for (int k = 0; k < 4; ++k) v[n][k] = reinterpret_cast<const unsigned*>(from)[k];
         }
       }
 #pragma unroll
@@ -442,12 +443,13 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
         MlaWalk walk = walks[place.warp];
         Loader::advance(a, share_of(place.warp), walk, place.stream);
         if (kTma)
-          Loader::fetch(a, maps, walk, steps[fill], filled, barriers + (first_stage + fill) * 8);
+          Loader::fetch(a, maps, walk, steps[fill], filled, barriers + (first_stage + fill) * 8,
+                        ahead > 0);
         Loader::list(a, share_of(place.warp), walk);
         walks[place.warp] = walk;
       }
       if (!kTma) __syncwarp();
-      if (!kTma) Loader::copy(a, walks[place.warp], steps[fill], filled, group);
+      if (!kTma) Loader::copy(a, walks[place.warp], steps[fill], filled, group, ahead > 0);
       if (!kTma) cp_async_commit();
       if (ahead > 0) {
         round -= 1 << 16;
@@ -477,6 +479,8 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       round = slot + 1 < slots ? round + 1 : (round ^ 256) & 256;
     }
   }
+  // A grid must not end before the one that it follows: the next one waits for this one alone.
+  sm90::grid_dependency_wait();
   if (share_of(thread_index() / 32).has_empty) mla_write_empty<T>(a);
 }
 

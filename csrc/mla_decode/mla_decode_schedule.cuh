@@ -64,7 +64,8 @@ struct alignas(16) MlaShare {
 constexpr int kMlaShareBytes = sizeof(MlaShare);
 
 __device__ __forceinline__ int mla_length(const MlaArgs& a, int b) {
-  const int length = __ldg(a.seq_lens + b * a.seq_lens_stride);
+  // Not from L1: under programmatic launch this grid may start before L1 is told what changed.
+  const int length = __ldcg(a.seq_lens + b * a.seq_lens_stride);
   return min(max(length, 0), a.max_tokens);
 }
 // Units of an item of a sequence.

@@ -38,7 +38,7 @@ inline thread_local cuda_on_host::Index blockIdx, threadIdx;
 using std::max, std::min;
 
 template <typename T>
-T __ldg(const T* p) {
+T __ldcg(const T* p) {
   return *p;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) {

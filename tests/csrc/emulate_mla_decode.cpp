@@ -150,7 +150,8 @@ class Schedule {
     a.units = units.data();
   }
 
-  void check() {
+  // With `expands` every item is looked up by its index.
+  void check(bool expands) {
     ++checked;
     for (int cta = 0; cta < c.ctas; ++cta)
       if (!run_cta(cta)) return;
@@ -159,6 +160,10 @@ class Schedule {
         return fail("unit " + std::to_string(u) + " is not written", where);
       if (units[u].count > 1) listed[units[u].item] = units[u];
     }
+    for (std::size_t item = 0; expands && item < items.size(); ++item)
+      if (units[item].item != static_cast<int>(items[item].empty() ? 0 : item) ||
+          units[item].count != static_cast<int>(items[item].size()))
+        return fail("what is listed of item " + std::to_string(item), where);
     for (std::size_t item = 0; item < items.size(); ++item)
       if (!item_is_whole(static_cast<int>(item)))
         return fail("item " + std::to_string(item) + " of " +
@@ -289,10 +294,12 @@ class Schedule {
 
 void check_schedule(const std::vector<int>& lens, int T, int H, int R, int E, int max_tokens,
                     int split, int sms, bool tma) {
-  const MlaDecodeConfig c = zebra::select_mla_decode_config(
-      {static_cast<std::int64_t>(lens.size()), T * H, R, E, max_tokens, split, tma}, sms,
-      zebra::kMlaSm90SmemBytes);
-  Schedule(lens, T, H, c, max_tokens).check();
+  for (const bool expands : {false, true}) {
+    const MlaDecodeConfig c = zebra::select_mla_decode_config(
+        {static_cast<std::int64_t>(lens.size()), T * H, R, E, max_tokens, split, tma, expands}, sms,
+        zebra::kMlaSm90SmemBytes);
+    Schedule(lens, T, H, c, max_tokens).check(expands);
+  }
 }
 
 void random_batches_are_covered() {
