@@ -66,7 +66,11 @@ struct MlaPart {
 // Adds every `lanes`-th partial result of four columns, a few at once.
 __device__ __forceinline__ MlaPart mla_gather(const MlaExpandArgs& a, const MlaUnit& unit, int row,
                                               int quad, int lane) {
+#if __CUDA_ARCH__ == 900
   constexpr int kAtOnce = 6;
+#else
+  constexpr int kAtOnce = 3;  // as registers of 1024 threads allow
+#endif
   MlaPart mine = {{}, -kInfinity, 0.f};
   // A place of 16 rows has 4 KiB at least: 32 bits count them.
   const int head = static_cast<int>(unit.first), rest = static_cast<int>(unit.rest) - unit.step;
