@@ -16,6 +16,8 @@ namespace zebra {
 namespace {
 
 struct MlaExpandArgs {
+  MlaLine line;
+  bool finds_units;      // from the lengths, while the attention kernel runs
   const MlaUnit* units;  // by item; of one partial result: it lies in `latent`
   const float2* stats;   // [partials, pass_rows]
   const float4* sums;    // [partials, pass_rows, rank_quads]
@@ -139,8 +141,6 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
   const int k0 = a.lanes > 1 ? a.slots.quotient(thread) : 0;
   const int my_slot = thread - k0 * a.slots.divisor;
   const int step = a.lanes > 1 ? a.slots.divisor : threads;
-  sm90::grid_dependency_wait();
-  sm90::grid_launch_dependents();
   __syncthreads();
 #pragma unroll 1
   for (int tile = blockIdx.y * a.tile_rows; tile < a.rows; tile += gridDim.y * a.tile_rows) {
@@ -151,7 +151,11 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
       const bool is_mine = slot < a.slots.divisor && k0 < a.lanes && tile + r < a.rows;
       const MlaExpandRow row(a, kv_head, min(tile + r, a.rows - 1));
       MlaUnit unit = {};
-      if (is_mine) unit = a.units[row.item];
+      if (a.finds_units) unit = mla_find_unit(a.line, row.item);
+      sm90::grid_dependency_wait();
+      sm90::grid_launch_dependents();
+      if (!a.finds_units && is_mine) unit = a.units[row.item];
+      if (!is_mine) unit.count = 0;
       MlaPart mine = {{}, -kInfinity, 0.f};
       uint2 words = {0, 0};
       if (unit.count > 1)

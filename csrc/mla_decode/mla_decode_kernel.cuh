@@ -60,44 +60,42 @@ struct MlaRows {
   float o[S::kRank / 8][4];
   float reference[2], sum[2];  // of rows g and g + 8; the sum is the lane's part
 
-  // Opens an item; `row` is the warp's first of the sequence.  Rows past the last one compute what
-  // it does, and are not written.  The warps with the same rows bring q to shared memory together:
-  // whole lines once, where fragments from global memory would be a line for every 16 bytes.
-  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int row,
-                                        const MlaPlace& place) {
-    constexpr int kUnits = S::kWidth / 8, kAtOnce = 4;
-    const int lane = place.lane, threads = 32 * place.workers;
-    const char* const base = static_cast<const char*>(a.q) + 2 * step.b * a.q_stride[0];
-    const unsigned to = q_address - (lane & 15) * S::kQPitch - (lane >> 4) * 16;
-    sm90::grid_dependency_wait();  // q is the absorption's; nothing before is
+  // Asks for the warp's part of q's rows from `row` of sequence b on: the warps with the same rows
+  // bring them to shared memory together, whole rows at once, where fragments from global memory
+  // would be a line for every 16 bytes.  Rows past the last one are it again.
+  __device__ __forceinline__ void ask(const MlaArgs& a, int b, int row, const MlaPlace& place) {
+    constexpr int kUnits = S::kWidth / 8;
+    sm90::grid_dependency_wait();  // q is the absorption's; nothing else here is
+    const char* const base = static_cast<const char*>(a.q) + 2 * b * a.q_stride[0];
+    const unsigned to = q_address - (place.lane & 15) * S::kQPitch - (place.lane >> 4) * 16;
 #pragma unroll 1
-    for (int first = place.worker * 32 + lane; first < 16 * kUnits; first += kAtOnce * threads) {
-      unsigned v[kAtOnce][4] = {};
+    for (int r = place.worker; r < 16; r += place.workers) {
+      const int mine = min(row + r, a.rows - 1), token = a.heads.quotient(mine);
+      const int head = mine - token * a.heads.divisor;
+      const char* const from = base + 2 * (token * a.q_stride[1] + head * a.q_stride[2]);
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = first + n * threads, r = i / kUnits, column = i % kUnits * 8;
+      for (int n = 0; n < (kUnits + 31) / 32; ++n) {
+        const int unit = place.lane + 32 * n, column = unit * 8;
         const bool is_rope = column >= S::kRank;
-        if (i >= 16 * kUnits || column - (is_rope ? S::kRank : 0) >= (is_rope ? a.E : a.R))
-          continue;
-        const int mine = min(row + r, a.rows - 1);
-        const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
-        const std::int64_t offset =
-            token * a.q_stride[1] + head * a.q_stride[2] + column - (is_rope ? S::kRank - a.R : 0);
-        const char* const from = base + 2 * offset;
+        const int at = column - (is_rope ? S::kRank - a.R : 0);
+        const bool is_valid = is_rope ? column - S::kRank < a.E : column < a.R;
+        const char* const src = from + (is_valid ? 2 * at : 0);
+        const unsigned dst = to + r * S::kQPitch + unit * 16;
+        if (unit >= kUnits) continue;
         if (a.q_is_aligned) {
-          const uint4 unit = *reinterpret_cast<const uint4*>(from);
-          v[n][0] = unit.x, v[n][1] = unit.y, v[n][2] = unit.z, v[n][3] = unit.w;
+          cp_async_16(dst, src, is_valid);
         } else {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) v[n][k] = reinterpret_cast<const unsigned*>(from)[k];
+#pragma unroll 1
+          for (int k = 0; k < 16; k += 4) cp_async_4(dst + k, is_valid ? src + k : src, is_valid);
         }
       }
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = first + n * threads;
-        if (i < 16 * kUnits) st_shared_v4(to + i / kUnits * S::kQPitch + i % kUnits * 16, v[n]);
-      }
     }
+  }
+
+  // Opens an item whose q has been asked for.
+  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int row,
+                                        const MlaPlace& place) {
+    const int lane = place.lane, threads = 32 * place.workers;
     if (lane < 16)
       mla_limits()[lane] =
           step.length - a.tokens + a.heads.quotient(min(row + lane, a.rows - 1)) + 1;
@@ -105,6 +103,7 @@ struct MlaRows {
     for (int i = 0; i < 2; ++i) reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
 #pragma unroll
     for (int j = 0; j < S::kRank / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
+    cp_async_wait_all();
     named_barrier(place.group_barrier, threads);
     if constexpr (!S::kQFromSmem) {
 #pragma unroll
@@ -389,6 +388,10 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       sm90::mbarrier_init(barriers + 8 * (me.stream * a.slots + i), 1);
     sm90::mbarrier_init_fence();
   }
+  // The table in L2 by the time that this or another CTA knows its part of it.
+  if (const int line = static_cast<int>(blockIdx.x + me.lane * gridDim.x);
+      me.warp == kMlaWarps - 1 && line < a.table_lines)
+    prefetch_l2(a.block_table + line * 32);
   if (!kTma) mla_clear_padding<S>(a, ring);
   if (threadIdx.x == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
   const auto share_of = [&](int warp) -> MlaShare& {
@@ -409,6 +412,11 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
     // The slot of the stage to attend to, its phase from bit 8 on, and from bit 16 on how many
     // rounds come before the first.
     int round = (a.slots - 1) << 16;
+    int asked = -1;  // the item whose q was asked for ahead of its steps
+    const auto has_work = [&] {
+      const MlaShare& share = share_of(thread_index() / 32);
+      return share.low < share.high;
+    };
 #pragma unroll 1
     for (;;) {
       const MlaPlace place(a, thread_index());
@@ -423,11 +431,13 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       const auto row = [&] { return (step.pass * a.groups + group) * 16; };
       // By warp; the others of its group agree.
       const auto is_active = [&] { return row() < a.rows; };
+      mine.q_address =
+          smem_addr(smem) + a.q_offset + (group * 16 + (lane & 15)) * S::kQPitch + (lane >> 4) * 16;
       const auto open = [&] {  // while the stage is under way
         __syncwarp();
-        mine.q_address = smem_addr(smem) + a.q_offset + (group * 16 + (lane & 15)) * S::kQPitch +
-                         (lane >> 4) * 16;
-        if ((step.flags & MlaStep::kFirst) && is_active()) mine.begin(a, step, row(), place);
+        if (!(step.flags & MlaStep::kFirst) || !is_active()) return;
+        if (asked != step.b * a.passes + step.pass) mine.ask(a, step.b, row(), place);
+        mine.begin(a, step, row(), place);
       };
       // The team's copies of this stage have landed (cp.async: after the barrier), and it is done
       // with the stage before, which is refilled.  Steps noted in the rounds before are visible.
@@ -452,6 +462,16 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       if (!kTma) Loader::copy(a, walks[place.warp], steps[fill], filled, group, ahead > 0);
       if (!kTma) cp_async_commit();
       if (ahead > 0) {
+        // q of the first item, before its steps are known to all: as the warp's own walk has it.
+        if (ahead == slots - 1 && has_work()) {
+          __syncwarp();
+          const MlaWalk& walk = walks[place.warp];
+          const int first = (walk.pass * a.groups + group) * 16;
+          if (first < a.rows && walk.b < a.batch) {
+            mine.ask(a, walk.b, first, place);
+            asked = walk.item(a);
+          }
+        }
         round -= 1 << 16;
         continue;
       }

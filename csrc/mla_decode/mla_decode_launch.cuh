@@ -56,6 +56,9 @@ inline Status mla_arguments(const MlaDecodeParams& p, const MlaDecodeConfig& c, 
   a.passes = c.passes, a.halves = c.halves, a.groups = c.groups;
   a.log_groups = log2(c.groups), a.log_team = log2(c.groups * c.halves);
   a.streams = c.streams, a.slots = c.slots, a.least = c.split > 0 ? 0 : log2(c.streams);
+  const std::int64_t entries = (p.B - 1) * p.table_stride + p.max_pages;
+  const std::int64_t lines = p.B > 0 && p.max_pages > 0 ? ceil_div<std::int64_t>(entries, 32) : 0;
+  a.table_lines = static_cast<int>(lines < 8 * c.ctas ? lines : 8 * c.ctas);
   a.ctas = mla_divisor(c.ctas), a.merge_parts = c.merge_parts;
   std::int64_t alignment = reinterpret_cast<std::intptr_t>(p.q);
   for (int d = 0; d < 3; ++d) alignment |= p.q_stride[d] * 2;
@@ -79,6 +82,7 @@ template <typename T>
 Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream_t stream) {
   const int rows = 16 * c.groups, quads = c.rank / 4;
   MlaCombineArgs args = {};
+  args.line = a, args.finds_units = a.unit_per_item && a.batch <= kMlaLaneBatch;
   args.units = a.units, args.stats = a.stats;
   args.sums = reinterpret_cast<const float4*>(a.sums);
   args.o = a.o, args.lse = a.lse;
@@ -108,7 +112,7 @@ Status mla_launch(const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeCon
   Status s = mla_launch_absorb<T>(p, const_cast<void*>(a.q), stream);
   if (s.error == nullptr)
     s = mla_launch_after(kernel, dim3(c.ctas), 32 * kMlaWarps, c.smem_bytes, stream, a, maps);
-  const MlaPartials partials = {a.units, a.stats, a.sums, a.o, c.rank, 16 * c.groups, c.passes};
+  const MlaPartials partials = {&a, a.units, a.stats, a.sums, a.o, c.rank, 16 * c.groups, c.passes};
   return s.error != nullptr ? s : mla_launch_expand<T>(p, partials, stream);
 }
 

@@ -79,6 +79,7 @@ Status mla_launch_absorb(const MlaDecodeParams& p, void* latent, cudaStream_t st
 // What an attention kernel leaves: latent outputs of items that it had whole (a unit's count is 1),
 // partial results of the others, nothing for those without tokens (0).
 struct MlaPartials {
+  const MlaLine* line;   // that the attention kernel dealt; nullptr: `units` alone tell
   const MlaUnit* units;  // [sequences x passes]
   const float2* stats;   // [partials, pass_rows]: reference to base 2, sum
   const float* sums;     // [partials, pass_rows, rank]
@@ -91,6 +92,8 @@ template <typename T>
 Status mla_launch_expand(const MlaDecodeParams& p, const MlaPartials& from, cudaStream_t stream) {
   const MlaWeightConfig c = mla_weight_config(p);
   MlaExpandArgs a = {};
+  if (from.line != nullptr) a.line = *from.line;
+  a.finds_units = from.line != nullptr && from.line->batch <= kMlaLaneBatch;
   a.units = from.units, a.stats = from.stats;
   a.sums = reinterpret_cast<const float4*>(from.sums);
   a.latent = static_cast<const uint2*>(from.latent);
