@@ -48,9 +48,8 @@ std::tuple<Tensor, Tensor> mla_decode_op(const Tensor& q, const Tensor& cache,
   // Checked here: a message from below would not survive the dispatcher.
   Tensor weight = q;
   const MlaDecodeParams wanted = mla_decode_params(Check("mla_decode"), in, weight);
-  const bool is_taken =
-      mla_decode_takes(wanted.R, wanted.E) &&
-      (!kv_b_weight || mla_weight_takes(wanted.nope, wanted.v_dim, wanted.R));
+  const bool is_taken = mla_decode_takes(wanted.R, wanted.E) &&
+                        (!kv_b_weight || mla_weight_takes(wanted.nope, wanted.v_dim, wanted.R));
   if (q.scalar_type() == ScalarType::Float || !is_taken) return composite(in);
   return mla_decode_torch(in, [&](const Check& check, const MlaDecodeParams& p) {
     check_aligned(check, "q", q, 4);
