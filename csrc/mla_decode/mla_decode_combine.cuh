@@ -12,6 +12,8 @@ namespace zebra {
 namespace {
 
 struct MlaCombineArgs {
+  MlaLine line;
+  bool finds_units;  // from the lengths, while the attention kernel runs
   const MlaUnit* units;
   const float2* stats;
   const float4* sums;
@@ -38,8 +40,11 @@ __global__ void __launch_bounds__(32 * kMlaWarps) mla_combine_kernel(const MlaCo
   const int k0 = thread >> (8 - a.log_lanes);
   const int place = static_cast<int>(blockIdx.y) * wide + (thread & (wide - 1));
   const int row = a.quads.quotient(place), column = place - row * a.quads.divisor;
+  MlaUnit unit;
+  if (a.finds_units) unit = mla_find_unit(a.line, blockIdx.x);
   sm90::grid_dependency_wait();
-  const MlaUnit unit = a.units[blockIdx.x];
+  sm90::grid_launch_dependents();
+  if (!a.finds_units) unit = a.units[blockIdx.x];
   if (unit.count < 2) return;
   const int b = a.passes.quotient(unit.item);
   const int first =

@@ -85,6 +85,7 @@ struct MlaDecodeShape {
   std::int64_t max_tokens;  // that the block table has room for
   std::int64_t split_size;  // 0: cut by the batch; otherwise every sequence at its multiples
   bool tma;                 // stages of kMlaTmaStage tokens
+  bool expands = false;     // kv_b_weight follows: the combination looks at every item
 };
 
 // An item is one pass of one sequence: 16 * groups of its rows over all its tokens.  A team of
@@ -128,11 +129,11 @@ constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t sms, MlaDecode
       break;
     }
   c.item_cost = items < sms || c.split > 0 ? 0 : kMlaTmaStage / c.stage;
-  c.unit_per_item = c.split > 0 || items <= c.ctas;
+  c.unit_per_item = s.expands || c.split > 0 || items <= c.ctas;
   c.units = c.unit_per_item ? items : c.ctas;
   const bool cut = c.split > 0 ? c.pieces > 1 : c.ctas > 1;
   c.partials = !cut ? 0 : c.split > 0 ? items * c.pieces : 2 * c.ctas;
-  if (!cut) c.units = 0;
+  if (!cut && !s.expands) c.units = 0;
   // Lanes for a third to a half of the partial results that an item may have; with split_size a
   // constant, because the order of summation must not depend on the batch.
   const std::int64_t cuts = ceil_div<std::int64_t>(c.ctas, items < 1 ? 1 : items) + 1;

@@ -17,12 +17,16 @@ bool takes_wide(const MlaDecodeParams& p) {
 }  // namespace
 
 bool mla_decode_cuda_takes(const MlaDecodeParams& p) {
-  return mla_decode_takes(p.R, p.E) || takes_wide(p);
+  return (mla_decode_takes(p.R, p.E) || takes_wide(p)) &&
+         (p.weight == nullptr || mla_weight_takes(p.nope, p.v_dim, p.R));
 }
 
 std::int64_t mla_decode_cuda_workspace(const MlaDecodeParams& p) {
-  if (takes_wide(p)) return mla_wide_config(p).workspace_bytes;
-  return mla_config(p, takes_tma(p)).workspace_bytes;
+  const std::int64_t bytes =
+      (takes_wide(p) ? mla_wide_config(p) : mla_config(p, takes_tma(p))).workspace_bytes;
+  return p.weight == nullptr
+             ? bytes
+             : round_up<std::int64_t>(bytes, 256) + mla_weight_config(p).workspace_bytes;
 }
 
 Status mla_decode_cuda(const MlaDecodeParams& p, void* workspace, cudaStream_t stream) {
@@ -39,7 +43,7 @@ Status mla_decode_portable(const MlaDecodeParams& p, void* workspace, cudaStream
   if (s.error != nullptr) return s;
   MlaMaps maps;
   std::memset(&maps, 0, sizeof(maps));
-  return mla_launch<false>(p.dtype, a, c, maps, stream);
+  return mla_launch<false>(p, a, c, maps, stream);
 }
 
 }  // namespace zebra

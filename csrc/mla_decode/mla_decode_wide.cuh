@@ -46,8 +46,8 @@ struct MlaWideRows {
 #if ZEBRA_WIDE_QREG
   std::uint32_t q_rope[4][4];  // q's rope columns as left operands
 #endif
-  std::uint32_t base, q;       // shared memory: of the kernel, of q
-  int half, warp, lane;        // the warpgroup, the warp in it
+  std::uint32_t base, q;  // shared memory: of the kernel, of q
+  int half, warp, lane;   // the warpgroup, the warp in it
 
   __device__ __forceinline__ int row(int i) const { return warp * 16 + lane / 4 + 8 * i; }
   __device__ __forceinline__ bool is_left_behind(float top, int i) const {
@@ -76,14 +76,12 @@ struct MlaWideRows {
           token * a.q_stride[1] + head * a.q_stride[2] + column - (is_rope ? S::kRank - a.R : 0);
       const std::uint32_t to =
           q + unit / 8 * kMlaWideTileBytes + r * 128 + ((unit % 8 ^ (r & 7)) << 4);
+      const char* const unit_of_q = is_there ? from + 2 * offset : from;
       if (a.q_is_aligned) {
-        cp_async_16(to, is_there ? from + 2 * offset : from, is_there);
+        cp_async_16(to, unit_of_q, is_there);
       } else {
-        std::uint32_t v[4] = {};
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-          if (is_there) v[k] = __ldg(reinterpret_cast<const std::uint32_t*>(from + 2 * offset) + k);
-        st_shared_v4(to, v);
+        for (int k = 0; k < 16; k += 4) cp_async_4(to + k, unit_of_q + k, is_there);
       }
     }
     if (thread < kMlaWideRows)
@@ -249,7 +247,7 @@ struct MlaWideRows {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         sm90::wgmma_rs<T, sm90::Major::kMN>(
-            reinterpret_cast<float(&)[kColumns]>(o[c * kColumns]), p[k],
+            reinterpret_cast<float (&)[kColumns]>(o[c * kColumns]), p[k],
             sm90::advance(dv, c * S::kChunkTiles * kMlaWideTileBytes + 2048 * k));
       sm90::wgmma_commit();
     }
@@ -375,6 +373,8 @@ __global__ void __launch_bounds__(kMlaProducts + 128, 1)
     return;
   }
   sm90::registers_increase<kMlaProductRegisters>();
+  // For q; and a grid must not end before the one that it follows.
+  sm90::grid_dependency_wait();
   // The same in all lanes, which the compiler has to know: products in branches must not diverge.
   const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x / 32), 0);
   if (warp < 4)

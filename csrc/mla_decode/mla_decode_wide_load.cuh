@@ -123,7 +123,7 @@ struct MlaWidePages {
   int now, next;
 
   __device__ __forceinline__ int entry(const MlaArgs& a, int token) const {
-    const int page = token < end ? __ldg(table + a.page.quotient(token)) : 0;
+    const int page = token < end ? __ldcg(table + a.page.quotient(token)) : 0;
     return min(max(page, 0), a.pages - 1);
   }
   __device__ __forceinline__ MlaWidePages(const MlaArgs& a, int log_box, const MlaWalk& walk)
@@ -181,8 +181,8 @@ __device__ __forceinline__ void mla_wide_bring(const MlaWideMaps& maps, const Ml
   __syncwarp();
 }
 
-// Brings the blocks of the CTA's pieces in order, and notes pieces.  One warp.  kIsWhole: a box is a
-// block.
+// Brings the blocks of the CTA's pieces in order, and notes pieces.  One warp.  kIsWhole: a box is
+// a block.
 template <typename S, bool kIsWhole>
 __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMaps& maps,
                                               const MlaShare& share) {

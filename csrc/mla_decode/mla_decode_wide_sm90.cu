@@ -30,25 +30,14 @@ Status maps_of(const MlaDecodeParams& p, MlaWideMaps& maps) {
   return {};
 }
 
-template <typename T, int kRank>
-Status launch(const MlaArgs& a, const MlaDecodeConfig& c, const MlaWideMaps& maps,
-              cudaStream_t stream) {
-  const auto kernel = mla_wide_kernel<T, MlaWideShape<kRank>>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
-  if (error != cudaSuccess) return {cudaGetErrorString(error)};
-  const dim3 grid(static_cast<unsigned>(c.ctas), c.groups * 16 > kMlaWideRows ? 2 : 1);
-  kernel<<<grid, kMlaProducts + 128, c.smem_bytes, stream>>>(a, maps);
-  const Status s = launch_status();
-  return s.error != nullptr || c.units == 0 ? s : mla_launch_combine<T>(a, c, stream);
-}
-
 template <typename T>
-Status launch(const MlaArgs& a, const MlaDecodeConfig& c, const MlaWideMaps& maps,
-              cudaStream_t stream) {
-  return c.rank == 128   ? launch<T, 128>(a, c, maps, stream)
-         : c.rank == 256 ? launch<T, 256>(a, c, maps, stream)
-                         : launch<T, 512>(a, c, maps, stream);
+Status launch(const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
+              const MlaWideMaps& maps, cudaStream_t stream) {
+  const auto kernel = c.rank == 128   ? mla_wide_kernel<T, MlaWideShape<128>>
+                      : c.rank == 256 ? mla_wide_kernel<T, MlaWideShape<256>>
+                                      : mla_wide_kernel<T, MlaWideShape<512>>;
+  const dim3 grid(static_cast<unsigned>(c.ctas), c.groups * 16 > kMlaWideRows ? 2 : 1);
+  return mla_launch_attention<T>(kernel, grid, kMlaProducts + 128, p, a, c, maps, stream);
 }
 
 }  // namespace
@@ -62,8 +51,8 @@ Status mla_decode_wide(const MlaDecodeParams& p, void* workspace, cudaStream_t s
   if (a.scale == 0.f) a.scale = 1e-30f;  // times minus infinity must not be NaN
   if (s.error == nullptr) s = maps_of(p, maps);
   if (s.error != nullptr) return s;
-  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(a, c, maps, stream)
-                                     : launch<__half>(a, c, maps, stream);
+  return p.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(p, a, c, maps, stream)
+                                     : launch<__half>(p, a, c, maps, stream);
 }
 
 }  // namespace zebra

@@ -42,7 +42,7 @@ inline cuda_on_host::Index gridDim, blockDim;
 using std::max, std::min;
 
 template <typename T>
-T __ldg(const T* p) {
+T __ldcg(const T* p) {
   return *p;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) {

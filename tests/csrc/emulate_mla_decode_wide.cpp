@@ -206,17 +206,11 @@ class Problem {
 
 int main() {
   using B = __nv_bfloat16;
-  for (const bool late : {false, true}) {
-    Problem<B, 512>({{64}, 1, 64, 512, 64, 64, 1, 0, late}).check();
-    std::printf("%d checked, %d failures\n", checked, failures);
-    Problem<B, 512>({{200, 0, 1, 70}, 1, 16, 512, 64, 64, 2, 0, late}).check();
-    Problem<B, 512>({{130, 300, 3}, 2, 40, 512, 64, 16, 5, 0, late}).check();
-    Problem<B, 512>({{333}, 1, 128, 448, 32, 32, 4, 64, late, true}).check();
-    Problem<__half, 256>({{130, 65, 7, 700}, 2, 32, 160, 64, 64, 3, 0, late, true}).check();
-    Problem<B, 256>({{1500}, 3, 33, 256, 0, 8, 4, 256, late, true}).check();
-    Problem<B, 128>({{100, 129, 64, 63, 300}, 4, 12, 128, 32, 128, 2, 0, late}).check();
-    std::printf("%d checked, %d failures\n", checked, failures);
-  }
+  Problem<B, 512>({{200, 0, 1, 70}, 1, 16, 512, 64, 64, 2}).check();
+  Problem<B, 512>({{130, 70}, 2, 40, 512, 64, 16, 4, 0, true}).check();
+  Problem<B, 512>({{260}, 1, 70, 448, 32, 32, 2, 128, true, true}).check();
+  Problem<__half, 256>({{130, 65, 7}, 2, 32, 160, 64, 64, 2, 0, true, true}).check();
+  Problem<B, 128>({{100, 129, 64}, 3, 12, 128, 32, 128, 2}).check();
   std::printf("mla_decode, wide: %d checked, %d failures\n", checked, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -118,6 +118,10 @@ inline void cp_async_16(std::uint32_t to, const void* from, bool is_valid) {
   std::memset(smem + to, 0, 16);
   if (is_valid) std::memcpy(smem + to, from, 16);
 }
+inline void cp_async_4(std::uint32_t to, const void* from, bool is_valid) {
+  std::memset(smem + to, 0, 4);
+  if (is_valid) std::memcpy(smem + to, from, 4);
+}
 inline void cp_async_wait_all() {}
 struct NamedBarrier {
   std::mutex mutex;
@@ -148,6 +152,10 @@ inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t addr) {
   }
 }
 // Of the other kernels, which are not run.
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
 inline void prefetch_l2(const void*) {}
 inline void ldmatrix_x4_trans(std::uint32_t (&)[4], std::uint32_t) {}
 inline void cp_async_commit() {}
@@ -199,6 +207,7 @@ void registers_decrease() {}
 template <int>
 void registers_increase() {}
 inline void grid_launch_dependents() {}
+inline void grid_dependency_wait() {}
 inline void stmatrix_x4(std::uint32_t addr, std::uint32_t r0, std::uint32_t r1, std::uint32_t r2,
                         std::uint32_t r3) {
   const std::uint32_t r[4] = {r0, r1, r2, r3};

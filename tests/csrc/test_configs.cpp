@@ -6,6 +6,7 @@
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
 #include "mla_decode/mla_decode_config.h"
+#include "mla_decode/mla_decode_weight_config.h"
 #include "mla_decode/mla_decode_wide_config.h"
 #include "rms_norm/rms_norm.h"
 #include "rms_norm/rms_norm_config.h"
@@ -181,6 +182,44 @@ void mla_wide_tiles_fit() {
   static_assert(c.ctas == 64 && c.groups == 8 && c.passes == 1 && c.slots == 2);
 }
 
+// The products with kv_b_weight fit shared memory and the limits of a grid, and give every element
+// of a tile a thread.
+void mla_decode_weight_tiles_fit() {
+  struct Size {
+    std::int64_t heads, kv_heads, nope, v_dim, rank;
+  };
+  constexpr Size kSizes[] = {
+      {32, 8, 64, 128, 160}, {24, 8, 64, 128, 128}, {32, 8, 32, 64, 128}, {128, 128, 128, 128, 512},
+      {4, 1, 0, 8, 8},       {6, 2, 512, 520, 256}, {3, 3, 8, 24, 480}};
+  for (const int smem : {101376, 166912, zebra::kMlaSm90SmemBytes})
+    for (const Size& s : kSizes)
+      for (const std::int64_t tokens : {1, 2, 8, 64, 256, 5000})
+        for (const bool is_split : {false, true}) {
+          const zebra::MlaWeightConfig c = zebra::select_mla_weight_config(
+              {tokens * s.heads, s.heads, s.kv_heads, s.nope, s.v_dim, s.rank, 64, is_split}, 132,
+              smem);
+          const auto t = static_cast<long>(tokens), r = static_cast<long>(s.rank);
+          EXPECT(c.absorb_smem_bytes <= smem && c.expand_smem_bytes <= smem, "rank %ld", r);
+          EXPECT(c.absorb_slices >= 1 && c.absorb_slices < 65536, "%ld tokens", t);
+          EXPECT(c.expand_slices >= 1 && c.expand_slices < 65536, "%ld tokens", t);
+          EXPECT(c.width % 8 == 0 && c.widths * c.width >= s.v_dim, "rank %ld", r);
+          EXPECT(c.rows >= 1 && c.rows <= 16 && c.threads % 32 == 0, "%ld tokens", t);
+          EXPECT(c.lanes == 1 || c.lanes * c.rows * r / 4 <= c.threads, "rank %ld", r);
+          EXPECT(c.pitch / 16 % 2 == 1, "rank %ld", r);
+          EXPECT(c.pitch >= r * 2 + 16 && (c.pitch - 16) % 64 == 0, "rank %ld", r);
+          // With split_size the order of summation is the same for every batch.
+          EXPECT(!is_split || (c.rows == 4 && c.threads == zebra::kMlaExpandThreads), "%ld tokens",
+                 t);
+        }
+  constexpr zebra::MlaWeightConfig one = zebra::select_mla_weight_config(
+      {32, 32, 8, 64, 128, 160, 64, false}, 132, zebra::kMlaSm90SmemBytes);
+  static_assert(one.rows == 1 && one.expand_slices == 4 && one.lanes == 25, "8B, one sequence");
+  constexpr zebra::MlaWeightConfig many = zebra::select_mla_weight_config(
+      {64 * 32, 32, 8, 64, 128, 160, 64, false}, 132, zebra::kMlaSm90SmemBytes);
+  static_assert(many.rows == 16 && many.expand_slices == 16 && many.absorb_slices == 16,
+                "8B, 64 sequences");
+}
+
 // Every output belongs to one unit, every step along K to one CTA, and no product reads past the
 // shared memory of its CTA.
 void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s, int sms) {
@@ -257,6 +296,7 @@ int main() {
   token_tiles_cover_a_token();
   mla_decode_tiles_fit();
   mla_wide_tiles_fit();
+  mla_decode_weight_tiles_fit();
   linear_decode_tiles_fit();
   rms_norm_tiles_cover_a_row();
   ssd_scan_tiles_fit();

@@ -24,6 +24,12 @@ __device__ __forceinline__ void cp_async_16(std::uint32_t dst, const void* src, 
                "r"(is_valid ? 16 : 0)
                : "memory");
 }
+// 4 bytes of the same.
+__device__ __forceinline__ void cp_async_4(std::uint32_t dst, const void* src, bool is_valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src),
+               "r"(is_valid ? 4 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
