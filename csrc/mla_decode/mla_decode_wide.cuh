@@ -156,15 +156,25 @@ struct MlaWideRows {
     const std::uint64_t dp = sm90::wgmma_descriptor(slot.probabilities(), 16);
     const std::uint64_t dv =
         sm90::wgmma_descriptor(slot.stage + mine * kMlaWideTileBytes, kMlaWideTileBytes);
+    constexpr int kColumns = S::kRank / 4 / S::kRestChunks;  // of a chunk, in registers
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      sm90::wgmma_ss<T, sm90::Major::kMN>(o, sm90::advance(dp, 32 * k), sm90::advance(dv, 2048 * k),
-                                          true);
-    sm90::wgmma_commit();
+    for (int c = 0; c < S::kRestChunks; ++c) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        sm90::wgmma_ss<T, sm90::Major::kMN>(
+            reinterpret_cast<float(&)[kColumns]>(o[c * kColumns]), sm90::advance(dp, 32 * k),
+            sm90::advance(dv, c * S::kRestTiles * kMlaWideTileBytes + 2048 * k), true);
+      sm90::wgmma_commit();
+    }
   }
-  // Once products with a block that the other warpgroup owns are done: it needs no more of it.
-  __device__ __forceinline__ void release(const MlaWideSlot<S>& slot) const {
-    if (lane == 0) sm90::mbarrier_arrive(slot.empty(S::kChunks));
+  // Once products with chunk c of this warpgroup's half of a block that the other one owns are done:
+  // it needs no more of it.
+  __device__ __forceinline__ void release(const MlaWideSlot<S>& slot, int c) const {
+    if (lane == 0) sm90::mbarrier_arrive(slot.empty(S::kChunks + c));
+  }
+  __device__ __forceinline__ void release_rest(const MlaWideSlot<S>& slot) const {
+#pragma unroll
+    for (int c = 0; c < S::kRestChunks; ++c) release(slot, c);
   }
 
   // A block that this warpgroup owns, whose tokens start at `token`; kFollows: with the products of
@@ -175,19 +185,27 @@ struct MlaWideRows {
   __device__ __forceinline__ void attend(const MlaArgs& a, const MlaStep& step, int b, int token) {
     const MlaWideSlot<S> slot(base, b), before(base, b - 1);
     float s[32];
+    constexpr int kLast = S::kRestChunks - 1;
     if (kFirst) {
       if (kFollows) follow(before);
-      score(s, slot, 0, S::kHalfTiles);
+      score(s, slot, 0, S::kHalfTiles / S::kRestChunks);
       if (kFollows) {
-        sm90::wgmma_wait<1>(o);
-        release(before);
+        sm90::wgmma_wait<S::kRestChunks>(o);
+        release(before, 0);
+      }
+      if constexpr (S::kRestChunks == 2) {
+        score(s, slot, S::kHalfTiles / 2, S::kHalfTiles);
+        if (kFollows) {
+          sm90::wgmma_wait<2>(o);
+          release(before, 1);
+        }
       }
       score(s, slot, S::kHalfTiles, S::kTiles);
       sm90::wgmma_wait<0>(s);
     } else {
       score(s, slot, 0, S::kTiles);
       if (kFollows) follow(before);
-      sm90::wgmma_wait<kFollows ? 1 : 0>(s);
+      sm90::wgmma_wait<kFollows ? S::kRestChunks : 0>(s);
     }
 
     const int left = step.end - token;
@@ -224,6 +242,10 @@ struct MlaWideRows {
       sum[i] += s[j] + s[j + 1];
       p[j / 8][j / 2 % 4] = pack<T>(s[j], s[j + 1]);
     }
+    if (!kFirst && kFollows && S::kRestChunks == 2) {
+      sm90::wgmma_wait<1>();
+      release(before, 0);
+    }
     // All four warps are done with the rope columns, and have cleared rows past the end.
     named_barrier(kMlaBarrierOwn + half, 128);
 #pragma unroll
@@ -235,7 +257,7 @@ struct MlaWideRows {
 
     if (!kFirst && kFollows) {
       sm90::wgmma_wait<0>(o);
-      release(before);
+      release(before, kLast);
     }
     if (is_raised) scale_sums(shrink);
     sm90::wgmma_fence(o);
@@ -341,7 +363,7 @@ __device__ __forceinline__ void mla_wide_products(const MlaArgs& a, int warp) {
       const MlaWideSlot<S> slot(mine.base, b - 1);
       mine.follow(slot);
       sm90::wgmma_wait<0>(mine.o);
-      mine.release(slot);
+      mine.release_rest(slot);
     }
     mine.finish(a, step, first_row);
     first = last;

@@ -8,6 +8,10 @@
 #include "mla_decode/mla_decode_schedule.cuh"
 #include "mla_decode/mla_decode_wide_config.h"
 
+#ifndef ZEBRA_WIDE_AHEAD
+#define ZEBRA_WIDE_AHEAD 0
+#endif
+
 namespace zebra {
 namespace {
 
@@ -44,8 +48,13 @@ struct MlaWideShape {
   static constexpr int kSmemBytes = kRing + kStages * kStageBytes;
   static constexpr int kChunkTiles = kHalfTiles < 2 ? kHalfTiles : 2;
   static constexpr int kChunks = kHalfTiles / kChunkTiles;  // of the owner's half
+#ifndef ZEBRA_WIDE_FCH
+#define ZEBRA_WIDE_FCH 0
+#endif
+  static constexpr int kRestChunks = ZEBRA_WIDE_FCH ? kChunks : 1;  // of the other half
+  static constexpr int kRestTiles = kHalfTiles / kRestChunks;
   // By stage: its chunks are empty, the rest is; then: its tiles are full; then: a piece is noted.
-  static constexpr int kEmpties = kChunks + 1;
+  static constexpr int kEmpties = kChunks + kRestChunks;
   static constexpr int kEmptyBarriers = kEmpties * kStages;
   static constexpr int kNotedBarriers = kEmptyBarriers + kStages * kTiles;
   static constexpr int kBarriers = kNotedBarriers + kMlaWidePieces;
@@ -82,7 +91,7 @@ struct MlaWideSlot {
         barriers(base),
         index(b % S::kStages),
         parity(b / S::kStages & 1) {}
-  // Its chunk n of the owner's half, or, n = kChunks, the rest.
+  // Its chunk n of the owner's half, or, from n = kChunks on, of the rest.
   __device__ __forceinline__ std::uint32_t empty(int n) const {
     return barriers + 8 * (S::kEmpties * index + n);
   }
@@ -222,14 +231,30 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
       if (first == walk.token) note(0);
       mla_wide_bring<S, 0, S::kChunkTiles, kIsWhole>(maps, slot, owner, to, row, page, filled,
                                                      is_mine);
+      // The next block in L2 by the time that there is room for it; of a pair one CTA asks.
+      if (kIsWhole && ZEBRA_WIDE_AHEAD > 0) {
+        const int later = token + ZEBRA_WIDE_AHEAD * kMlaWideBlock;
+        const int later_page = pages.of(log_box, later), later_row = a.page.rest(later);
+        if (lane == 0 && later + kMlaWideBlock <= walk.end &&
+            (gridDim.y == 1 || (block & 1) == static_cast<int>(blockIdx.y)))
+          sm90::bulk_prefetch_l2(
+              static_cast<const char*>(a.cache) +
+                  2 * (later_page * a.page_stride + later_row * a.row_stride),
+              static_cast<unsigned>(2 * ((kMlaWideBlock - 1) * a.row_stride + a.R + a.E)));
+      }
       if constexpr (S::kChunks == 2) {
         sm90::mbarrier_wait(slot.empty(1), was_given_back);
         mla_wide_bring<S, S::kChunkTiles, S::kChunkTiles, kIsWhole>(maps, slot, owner, to, row,
                                                                     page, filled, is_mine);
       }
       sm90::mbarrier_wait(slot.empty(S::kChunks), was_given_back);
-      mla_wide_bring<S, S::kHalfTiles, S::kHalfTiles + 1, kIsWhole>(maps, slot, owner, to, row,
-                                                                    page, filled, is_mine);
+      if constexpr (S::kRestChunks == 2) {
+        mla_wide_bring<S, S::kHalfTiles, S::kRestTiles, kIsWhole>(maps, slot, owner, to, row, page,
+                                                                  filled, is_mine);
+        sm90::mbarrier_wait(slot.empty(S::kChunks + 1), was_given_back);
+      }
+      mla_wide_bring<S, S::kHalfTiles + (S::kRestChunks - 1) * S::kRestTiles, S::kRestTiles + 1,
+                     kIsWhole>(maps, slot, owner, to, row, page, filled, is_mine);
     }
   }
   note(MlaStep::kStop);

@@ -6,6 +6,7 @@
 #include "mla_decode/mla_decode_wide.cuh"
 
 #include <random>
+#include <sstream>
 #include <string>
 #include <thread>
 
@@ -26,16 +27,16 @@ template <typename T, int kRank>
 class Problem {
  public:
   explicit Problem(const Case& c_) : c(c_), width(c.R + c.E), random(7) {
-    where = "R " + std::to_string(c.R) + " + " + std::to_string(c.E) + ", H " +
-            std::to_string(c.H) + ", T " + std::to_string(c.T) + ", page " +
-            std::to_string(c.page) + ", split " + std::to_string(c.split) +
-            (c.late ? ", late" : "") + ", lengths";
+    std::ostringstream text;
+    text << "R " << c.R << " + " << c.E << ", H " << c.H << ", T " << c.T << ", page " << c.page
+         << ", split " << c.split << (c.late ? ", late" : "") << ", lengths";
     int used = 1;
     for (const int length : c.lens) {
-      where += " " + std::to_string(length);
+      text << " " << length;
       used += (length + c.page - 1) / c.page;
       most = max(most, (length + c.page - 1) / c.page);
     }
+    where = text.str();
     most += 1;
     table.assign(c.lens.size() * most, -1);
     cache.assign(static_cast<std::size_t>(used) * c.page * width, 0xffff);

@@ -235,6 +235,8 @@ inline void tma_load_3d(std::uint32_t to, const CUtensorMap* map, std::uint32_t 
   mbarrier(bar).change(0, -bytes);
 }
 
+inline void bulk_prefetch_l2(const void*, std::uint32_t) {}
+
 // ---- common/sm90/wgmma.cuh
 
 enum class Major { kK = 0, kMN = 1 };
