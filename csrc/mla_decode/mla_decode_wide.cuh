@@ -156,25 +156,25 @@ struct MlaWideRows {
     const std::uint64_t dp = sm90::wgmma_descriptor(slot.probabilities(), 16);
     const std::uint64_t dv =
         sm90::wgmma_descriptor(slot.stage + mine * kMlaWideTileBytes, kMlaWideTileBytes);
-    constexpr int kColumns = S::kRank / 4 / S::kRestChunks;  // of a chunk, in registers
+    constexpr int kColumns = S::kRank / 4 / S::kChunks;  // of a chunk, in registers
 #pragma unroll
-    for (int c = 0; c < S::kRestChunks; ++c) {
+    for (int c = 0; c < S::kChunks; ++c) {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         sm90::wgmma_ss<T, sm90::Major::kMN>(
-            reinterpret_cast<float(&)[kColumns]>(o[c * kColumns]), sm90::advance(dp, 32 * k),
-            sm90::advance(dv, c * S::kRestTiles * kMlaWideTileBytes + 2048 * k), true);
+            reinterpret_cast<float (&)[kColumns]>(o[c * kColumns]), sm90::advance(dp, 32 * k),
+            sm90::advance(dv, c * S::kChunkTiles * kMlaWideTileBytes + 2048 * k), true);
       sm90::wgmma_commit();
     }
   }
-  // Once products with chunk c of this warpgroup's half of a block that the other one owns are done:
-  // it needs no more of it.
+  // Once products with chunk c of this warpgroup's half of a block that the other one owns are
+  // done: it needs no more of it.
   __device__ __forceinline__ void release(const MlaWideSlot<S>& slot, int c) const {
     if (lane == 0) sm90::mbarrier_arrive(slot.empty(S::kChunks + c));
   }
   __device__ __forceinline__ void release_rest(const MlaWideSlot<S>& slot) const {
 #pragma unroll
-    for (int c = 0; c < S::kRestChunks; ++c) release(slot, c);
+    for (int c = 0; c < S::kChunks; ++c) release(slot, c);
   }
 
   // A block that this warpgroup owns, whose tokens start at `token`; kFollows: with the products of
@@ -185,15 +185,15 @@ struct MlaWideRows {
   __device__ __forceinline__ void attend(const MlaArgs& a, const MlaStep& step, int b, int token) {
     const MlaWideSlot<S> slot(base, b), before(base, b - 1);
     float s[32];
-    constexpr int kLast = S::kRestChunks - 1;
+    constexpr int kLast = S::kChunks - 1;
     if (kFirst) {
       if (kFollows) follow(before);
-      score(s, slot, 0, S::kHalfTiles / S::kRestChunks);
+      score(s, slot, 0, S::kHalfTiles / S::kChunks);
       if (kFollows) {
-        sm90::wgmma_wait<S::kRestChunks>(o);
+        sm90::wgmma_wait<S::kChunks>(o);
         release(before, 0);
       }
-      if constexpr (S::kRestChunks == 2) {
+      if constexpr (S::kChunks == 2) {
         score(s, slot, S::kHalfTiles / 2, S::kHalfTiles);
         if (kFollows) {
           sm90::wgmma_wait<2>(o);
@@ -205,7 +205,7 @@ struct MlaWideRows {
     } else {
       score(s, slot, 0, S::kTiles);
       if (kFollows) follow(before);
-      sm90::wgmma_wait<kFollows ? S::kRestChunks : 0>(s);
+      sm90::wgmma_wait<kFollows ? S::kChunks : 0>(s);
     }
 
     const int left = step.end - token;
@@ -242,7 +242,7 @@ struct MlaWideRows {
       sum[i] += s[j] + s[j + 1];
       p[j / 8][j / 2 % 4] = pack<T>(s[j], s[j + 1]);
     }
-    if (!kFirst && kFollows && S::kRestChunks == 2) {
+    if (!kFirst && kFollows && S::kChunks == 2) {
       sm90::wgmma_wait<1>();
       release(before, 0);
     }

@@ -37,8 +37,8 @@ struct MlaWideShared {
 static_assert(sizeof(MlaWideShared) <= kMlaWideHeader);
 
 // A block is tiles of 64 columns in rows of 128 bytes, 16-byte unit u of row r at u ^ (r % 8): the
-// latent, half of it for each warpgroup, then the rope columns.  Its owner gives its own half back
-// in chunks; the other warpgroup gives back the rest at once.
+// latent, half of it for each warpgroup, then the rope columns.  They are given back in chunks of
+// each half, the owner's first, the rope columns with the last one.
 template <int kRank_>
 struct MlaWideShape {
   static constexpr int kRank = kRank_, kStages = mla_wide_stages(kRank);
@@ -47,14 +47,9 @@ struct MlaWideShape {
   static constexpr int kRing = kMlaWideHeader + kTiles * kMlaWideTileBytes;
   static constexpr int kSmemBytes = kRing + kStages * kStageBytes;
   static constexpr int kChunkTiles = kHalfTiles < 2 ? kHalfTiles : 2;
-  static constexpr int kChunks = kHalfTiles / kChunkTiles;  // of the owner's half
-#ifndef ZEBRA_WIDE_FCH
-#define ZEBRA_WIDE_FCH 0
-#endif
-  static constexpr int kRestChunks = ZEBRA_WIDE_FCH ? kChunks : 1;  // of the other half
-  static constexpr int kRestTiles = kHalfTiles / kRestChunks;
-  // By stage: its chunks are empty, the rest is; then: its tiles are full; then: a piece is noted.
-  static constexpr int kEmpties = kChunks + kRestChunks;
+  static constexpr int kChunks = kHalfTiles / kChunkTiles;  // of a half
+  // By stage: its chunks are empty; then: its tiles are full; then: a piece is noted.
+  static constexpr int kEmpties = 2 * kChunks;
   static constexpr int kEmptyBarriers = kEmpties * kStages;
   static constexpr int kNotedBarriers = kEmptyBarriers + kStages * kTiles;
   static constexpr int kBarriers = kNotedBarriers + kMlaWidePieces;
@@ -91,7 +86,7 @@ struct MlaWideSlot {
         barriers(base),
         index(b % S::kStages),
         parity(b / S::kStages & 1) {}
-  // Its chunk n of the owner's half, or, from n = kChunks on, of the rest.
+  // Its chunk n, counted from the owner's half on.
   __device__ __forceinline__ std::uint32_t empty(int n) const {
     return barriers + 8 * (S::kEmpties * index + n);
   }
@@ -248,12 +243,12 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
                                                                     page, filled, is_mine);
       }
       sm90::mbarrier_wait(slot.empty(S::kChunks), was_given_back);
-      if constexpr (S::kRestChunks == 2) {
-        mla_wide_bring<S, S::kHalfTiles, S::kRestTiles, kIsWhole>(maps, slot, owner, to, row, page,
-                                                                  filled, is_mine);
+      if constexpr (S::kChunks == 2) {
+        mla_wide_bring<S, S::kHalfTiles, S::kChunkTiles, kIsWhole>(maps, slot, owner, to, row, page,
+                                                                   filled, is_mine);
         sm90::mbarrier_wait(slot.empty(S::kChunks + 1), was_given_back);
       }
-      mla_wide_bring<S, S::kHalfTiles + (S::kRestChunks - 1) * S::kRestTiles, S::kRestTiles + 1,
+      mla_wide_bring<S, S::kHalfTiles + (S::kChunks - 1) * S::kChunkTiles, S::kChunkTiles + 1,
                      kIsWhole>(maps, slot, owner, to, row, page, filled, is_mine);
     }
   }
