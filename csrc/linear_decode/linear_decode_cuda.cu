@@ -223,6 +223,11 @@ Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream) {
                                                      : linear_decode_portable(p, stream);
 }
 
+bool linear_project_cuda_takes(const LinearDecodeParams& p, const LinearProjection& also) {
+  return p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows && takes_sm90() &&
+         linear_project_sm90_takes(p, also);
+}
+
 bool linear_decode_cuda_needs_h(const LinearDecodeParams& p) {
   return p.norm_weight != nullptr && !linear_norms_itself(p.rows, p.K) && takes_sm90() &&
          linear_decode_sm90_takes(p);

@@ -47,6 +47,8 @@ struct LinearDecodeSm90Shape {
   std::int64_t rows, outputs, K;
   bool swiglu;
   bool norm = false;
+  bool projects = false;            // units of even outputs, and what a projection looks up
+  std::int64_t second_outputs = 0;  // of another weight
 };
 
 // A unit is `unit` outputs; a cluster of 1 or 2 CTAs computes `units` of them one after another,
@@ -58,7 +60,9 @@ struct LinearDecodeSm90Config {
   int cluster;    // CTAs that share the rows of a unit
   int slices;     // boxes along K that one product takes together
   int unit;
-  int units;                // of a cluster
+  int units;        // of a cluster
+  int first_units;  // those of the first weight, before those of the second
+  int all_units;
   int clusters;             // in all
   int box_rows;             // rows of the weight in a box: `unit`, rounded up to 8
   int boxes;                // of the weight in a stage
@@ -72,6 +76,8 @@ struct LinearDecodeSm90Config {
   bool norms;       // h = norm(x) lies in shared memory as a whole, and stages bring W alone
   int h_offset;     // its boxes
   int gain_offset;  // the norm's weight
+  bool projects;
+  int tokens_offset;  // what a projection looks up of every row of x
   int smem_bytes;
   bool starts_next_first;  // the next launch may start before x is there
 };
@@ -82,6 +88,8 @@ constexpr int linear_staged_tokens(int tokens, int row_tiles) {
   return tokens < most ? tokens : most;
 }
 constexpr int linear_staging_pitch(int row_tiles) { return 64 * row_tiles + 4; }
+
+constexpr int kLinearTokenBytes = 16;  // of a row of x, where a projection looks it up
 
 // What a caller may fix to measure with; 0, or -1: chosen here.
 struct LinearDecodeSm90Tuning {
@@ -112,7 +120,8 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
   const int merge = c.units == 1 && held >= merged ? 0 : merged;
   const int h = c.norms ? c.steps * c.boxes * c.x_box : 0;
   const int gain = c.norms ? static_cast<int>(round_up<std::int64_t>(4 * K, 1024)) : 0;
-  const int rest = staging + merge + h + gain;
+  const int tokens = c.projects ? round_up(kLinearTokenBytes * c.tokens, 1024) : 0;
+  const int rest = staging + merge + h + gain + tokens;
   // A product reads 64 rows from where a box starts, also where the box has fewer.
   const int past = (c.row_tiles - 1) * c.second_offset + 64 * 2 * kLinearBox;
   const int behind = c.stage_bytes - (c.boxes - 1) * c.weight_box + rest;
@@ -124,7 +133,21 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
   c.merge_offset = merge == 0 ? kLinearHeaderBytes : c.staging_offset + staging;
   c.h_offset = c.staging_offset + staging + merge;
   c.gain_offset = c.h_offset + h;
+  c.tokens_offset = c.gain_offset + gain;
   c.smem_bytes = c.staging_offset + rest + slack;
+}
+
+// The smallest unit of which at most `most_units` cover the outputs.  A unit is one weight's, and a
+// projection's holds whole pairs.
+constexpr int linear_unit(const LinearDecodeSm90Shape& s, std::int64_t most_units) {
+  const int step = s.projects ? 2 : 1;
+  const std::int64_t share = ceil_div(s.outputs + s.second_outputs, most_units);
+  int unit = round_up(static_cast<int>(share < 8 ? 8 : share), step);
+  while (ceil_div<std::int64_t>(s.outputs, unit) + ceil_div<std::int64_t>(s.second_outputs, unit) >
+             most_units &&
+         unit <= 128)
+    unit += step;
+  return unit;
 }
 
 constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
@@ -132,25 +155,28 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   LinearDecodeSm90Config c = {};
   c.tokens = 8;
   while (c.tokens < s.rows) c.tokens *= 2;
-  const std::int64_t weight_rows = s.swiglu ? 2 * s.outputs : s.outputs;
+  const std::int64_t outputs = s.outputs + s.second_outputs;
+  const std::int64_t weight_rows = s.swiglu ? 2 * outputs : outputs;
   c.cluster = c.tokens >= 64 && weight_rows < kLinearSplitRows ? 2 : 1;
   if (tuning.cluster != 0 && c.tokens >= 64) c.cluster = tuning.cluster;
 
-  c.slices = s.swiglu || c.tokens > 32        ? 1
-             : s.outputs <= kLinearFourSlices ? 4
-             : s.outputs <= kLinearTwoSlices  ? 2
-                                              : 1;
+  c.slices = s.swiglu || c.tokens > 32      ? 1
+             : outputs <= kLinearFourSlices ? 4
+             : outputs <= kLinearTwoSlices  ? 2
+                                            : 1;
   while (c.slices > 1 && c.slices * c.tokens > kLinearMostSlicedColumns) c.slices /= 2;
 
   // The outputs in even shares: as many units a cluster as keep a unit within the rows of one
   // product, and units as small as cover all.
   const int most = c.slices > 1 ? 64 / c.slices : s.swiglu ? 64 : 128;
   const std::int64_t slots = sms / c.cluster < 1 ? 1 : sms / c.cluster;
-  const std::int64_t units = ceil_div(ceil_div(s.outputs, slots), std::int64_t{most});
-  const std::int64_t share = ceil_div(s.outputs, slots * units);
-  c.unit = static_cast<int>(share < 8 ? 8 : share);
+  std::int64_t units = ceil_div(ceil_div(outputs, slots), std::int64_t{most});
+  while ((c.unit = linear_unit(s, slots * units)) > most) ++units;
   c.units = static_cast<int>(units);
-  c.clusters = static_cast<int>(ceil_div(ceil_div<std::int64_t>(s.outputs, c.unit), units));
+  c.first_units = static_cast<int>(ceil_div<std::int64_t>(s.outputs, c.unit));
+  c.all_units = c.first_units + static_cast<int>(ceil_div<std::int64_t>(s.second_outputs, c.unit));
+  c.clusters = static_cast<int>(ceil_div<std::int64_t>(c.all_units, units));
+  c.projects = s.projects;
   c.row_tiles = s.swiglu || c.unit > 64 ? 2 : 1;
   c.box_rows = round_up(c.unit, 8);
   c.second_offset = (s.swiglu ? c.box_rows : 64) * 2 * kLinearBox;
