@@ -17,7 +17,7 @@
 // Slices         where a share has at most 16 or 32 rows, the 64 rows of a product are those of 4
 //                or 2 pieces of K: a quarter or half of the products, of which the diagonal is
 //                summed.
-// Norm           of at most 8 rows of x, every CTA makes h = norm(x) in its shared memory while its
+// Norm           of at most 4 rows of x, every CTA makes h = norm(x) in its shared memory while its
 //                ring fills; of more, a launch before this one (linear_decode_sm90_norm.cuh).
 // Swiglu         the first warpgroup multiplies gate rows, the second the same outputs' up rows.
 //                One tensor map has both, of one weight or of two: how far they lie apart is the
@@ -33,13 +33,13 @@
 //                memory before the preceding kernels have ended: in a graph they must not write it.
 //                Otherwise it is requested into L2, where any write to it is seen.  Dependents
 //                start as soon as W is requested, or when the last copy is issued.
-// Registers      at most 80 a thread up to 64 tokens, so that two CTAs fit; 127 with 128.
+// Registers      at most 80 a thread up to 64 tokens, so that two CTAs fit; 128 with 128.
 // Alignment      rows of x and W, and norm_weight, to 16 bytes; other calls take the portable
 //                kernel (linear_decode_cuda.cu).
 // Bound          HBM: W once.  Through L2 x is read once a CTA (tokens / unit of W's bytes).
 // Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
 //                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 0.3 us more
-//                with at most 8 rows of x, 1.6 us with more.
+//                with at most 4 rows of x, 1.6 us with more.
 // Measured       not yet.
 #include "linear_decode/linear_decode_sm90_launch.h"
 

@@ -28,6 +28,8 @@ struct LinearProduct {
   static constexpr int kFinishing = 128 * kRowTiles;     // threads that exchange sums
   static constexpr int kStaged = linear_staged_tokens(kTokens, kRowTiles);
   static constexpr int kPitch = linear_staging_pitch(kRowTiles);
+  // Of the staged ones, a warp's tokens and a lane's outputs of each.
+  static constexpr int kOwnTokens = kStaged / kWarps, kOwnOutputs = 2 * kRowTiles;
 
   const LinearArgs& a;
   const LinearWork& work;
@@ -176,15 +178,21 @@ struct LinearProduct {
     const int outputs = left < c.unit ? static_cast<int>(left) : c.unit;
     const int slice[2] = {slice_of(0), slice_of(1)};
     if (c.projects) mbarrier_wait(linear_shared_at(LinearSmem::kLookedUp), 0);
-    LinearTurn<T, kRowTiles, kStaged / kWarps> turn(a, second, first, outputs);
+    const LinearTurn<T, kRowTiles> turn(a, second, first, outputs);
+    float read[kOwnTokens][kOwnOutputs];  // residual, or cosines and sines
 #pragma unroll
     for (int from = 0; from < kTokens; from += kStaged) {
       if (c.cluster == 2 && from / (kTokens / 2) != work.rank) continue;
       if (from >= p.rows) break;
-      if (c.projects) {
+      // All that is to be read, before anything is written: one latency.
 #pragma unroll
-        for (int i = 0; i < kStaged / kWarps; ++i)
-          if (from + warp + i * kWarps < p.rows) turn.look_up(i, from + warp + i * kWarps);
+      for (int i = 0; i < kOwnTokens; ++i) {
+        const int token = from + warp + i * kWarps;
+        if (token >= p.rows) continue;
+        if (c.projects)
+          turn.look_up(read[i], token);
+        else if (p.residual != nullptr)
+          read_residual(read[i], token, first, outputs);
       }
 #pragma unroll
       for (int j = 0; j < kStaged / 8; ++j) {
@@ -200,16 +208,14 @@ struct LinearProduct {
         }
       }
       named_barrier(1, kThreads);
-      if (c.projects) {
 #pragma unroll
-        for (int i = 0; i < kStaged / kWarps; ++i) {
-          const int t = warp + i * kWarps;
-          if (from + t < p.rows)
-            turn.write(i, from + t, [&](int n) { return pair_of(staging + t * kPitch + n); });
-        }
-      } else {
-        for (int t = warp; t < kStaged && from + t < p.rows; t += kWarps)
-          write(staging + t * kPitch, from + t, first, outputs);
+      for (int i = 0; i < kOwnTokens; ++i) {
+        const int t = warp + i * kWarps;
+        if (from + t >= p.rows) continue;
+        if (c.projects)
+          turn.write(read[i], from + t, [&](int n) { return pair_of(staging + t * kPitch + n); });
+        else
+          write(staging + t * kPitch, from + t, first, outputs, read[i]);
       }
       named_barrier(1, kThreads);
     }
@@ -232,15 +238,24 @@ struct LinearProduct {
     return v;
   }
 
+  __device__ __forceinline__ void read_residual(float (&v)[kOwnOutputs], int token,
+                                                std::int64_t first, int outputs) const {
+    const T* const from = static_cast<const T*>(a.p.residual) + token * a.p.residual_stride + first;
+#pragma unroll
+    for (int i = 0; i < kOwnOutputs; ++i)
+      if (lane + 32 * i < outputs) v[i] = to_float(from[lane + 32 * i]);
+  }
+
   __device__ __forceinline__ void write(const float* sums, int token, std::int64_t first,
-                                        int outputs) const {
+                                        int outputs, const float (&residual)[kOwnOutputs]) const {
     const LinearDecodeParams& p = a.p;
     const T* const bias = static_cast<const T*>(p.bias);
-    const T* const residual = static_cast<const T*>(p.residual);
-    const std::int64_t residual_at = token * p.residual_stride + first;
     T* const y = static_cast<T*>(p.y) + token * p.outputs + first;
     const bool in_parts = kParts == 2 && a.cfg.cluster == 1;
-    for (int n = lane; n < outputs; n += 32) {
+#pragma unroll
+    for (int i = 0; i < kOwnOutputs; ++i) {
+      const int n = lane + 32 * i;
+      if (n >= outputs) continue;
       float v = 0.f;
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
@@ -253,14 +268,14 @@ struct LinearProduct {
         if (bias != nullptr) up += to_float(bias[p.outputs + first + n]);
         v *= sigmoidf(v) * up;
       }
-      if (residual != nullptr) v += to_float(residual[residual_at + n]);
+      if (p.residual != nullptr) v += residual[i];
       y[n] = from_float<T>(v);
     }
   }
 };
 
 template <typename T, int kTokens, int kRowTiles, int kSlices>
-__global__ void __launch_bounds__(kLinearThreads, linear_ctas_of_sm(kTokens))
+__global__ void __launch_bounds__(linear_bound_threads(kTokens), linear_ctas_of_sm(kTokens))
     linear_decode_sm90_kernel(const __grid_constant__ LinearArgs a) {
   using S = LinearSmem;
   using Product = LinearProduct<T, kTokens, kRowTiles, kSlices>;
@@ -289,7 +304,7 @@ __global__ void __launch_bounds__(kLinearThreads, linear_ctas_of_sm(kTokens))
   } else {
     if (cluster == 2) cluster_wait();
     bool has_x = false;
-    if constexpr (kTokens == kLinearMostNormedRows) {
+    if constexpr (kTokens == 8) {  // at most as many are normalised here
       if (a.cfg.norms) LinearNorm<T>{a}.run(), has_x = true;
     }
     if (!has_x) grid_dependency_wait();  // the residual, and y

@@ -32,10 +32,10 @@ constexpr int kLinearMostSlicedColumns = 64;  // of a product: slices times toke
 // a copy of x, whatever it brings.
 constexpr int kLinearStageWeightBytes = 12288;
 
-// Where at most 8 rows of x are normalised, every CTA does it for itself: all of h lies in its
+// Where at most 4 rows of x are normalised, every CTA does it for itself: all of h lies in its
 // shared memory, whatever the ring brings.  Longer rows would leave the ring too little, and of
-// more rows the work would show; those have a launch before this one.
-constexpr std::int64_t kLinearMostNormedRows = 8, kLinearMostNormedK = 6144;
+// more rows the work shows more than the launch that they have before this one.
+constexpr std::int64_t kLinearMostNormedRows = 4, kLinearMostNormedK = 6144;
 constexpr bool linear_norms_itself(std::int64_t rows, std::int64_t K) {
   return rows <= kLinearMostNormedRows && K <= kLinearMostNormedK;
 }
@@ -98,6 +98,9 @@ struct LinearDecodeSm90Tuning {
 
 // CTAs of a multiprocessor that registers are kept for.
 constexpr int linear_ctas_of_sm(int tokens) { return tokens > 64 ? 1 : 2; }
+// And threads: with 128 tokens as if there were more than there are, which leaves registers for the
+// norm's CTA.
+constexpr int linear_bound_threads(int tokens) { return tokens > 64 ? 512 : kLinearThreads; }
 
 // Stages of `boxes` boxes, and all offsets that follow from it, in at most `most_bytes`.
 constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, int boxes,

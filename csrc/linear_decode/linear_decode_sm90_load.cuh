@@ -31,7 +31,7 @@ struct LinearSmem {
   static constexpr int kFull = 0, kEmpty = kFull + 8 * kLinearMostStages;
   static constexpr int kPeerFull = kEmpty + 8 * kLinearMostStages, kPeerFree = kPeerFull + 8;
   static constexpr int kLookedUp = kPeerFree + 8;
-  static constexpr int kSquares = 512;  // of 8 rows, by 8 warps
+  static constexpr int kSquares = 512;  // of a row, by 8 warps
   static constexpr int kRing = kLinearHeaderBytes;
   static_assert(kLookedUp + 8 <= kSquares && kSquares + 4 * 64 <= kRing && kRing % 1024 == 0);
 };

@@ -63,8 +63,8 @@ struct LinearPair<__nv_bfloat16> {
   static __device__ __forceinline__ type round(float2 v) { return __float22bfloat162_rn(v); }
 };
 
-// The pairs of a lane, 64 outputs apart, of a unit: kRowTiles of each of kOwn tokens at a time.
-template <typename T, int kRowTiles, int kOwn>
+// The pairs of a lane, 64 outputs apart, of a unit.
+template <typename T, int kRowTiles>
 struct LinearTurn {
   using Pair = typename LinearPair<T>::type;
 
@@ -73,7 +73,6 @@ struct LinearTurn {
   const std::int64_t first;  // its first output
   const int outputs, lane = threadIdx.x % 32;
   int angle[kRowTiles];  // which of a position's; -1: the pair is not turned
-  float2 turn[kOwn][kRowTiles];
 
   __device__ __forceinline__ LinearTurn(const LinearArgs& args, bool is_second,
                                         std::int64_t first_output, int count)
@@ -90,22 +89,23 @@ struct LinearTurn {
     }
   }
 
-  // The cosines and sines of the o-th of the tokens.
-  __device__ __forceinline__ void look_up(int o, int token) {
+  // The cosine and the sine of every pair.
+  __device__ __forceinline__ void look_up(float (&turn)[2 * kRowTiles], int token) const {
     const RopeTable& rope = a.also.rope;
     const std::int64_t position = linear_tokens(a)[token].position;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       if (angle[i] < 0) continue;
       const std::int64_t at = position * (rope.E / 2) + angle[i];
-      turn[o][i] = position < 0 ? make_float2(__int_as_float(0x7fc00000), 0.f)
-                                : make_float2(rope.cos[at], rope.sin[at]);
+      turn[2 * i] = position < 0 ? __int_as_float(0x7fc00000) : rope.cos[at];
+      turn[2 * i + 1] = position < 0 ? 0.f : rope.sin[at];
     }
   }
 
   // `sum(n)`: the products n and n + 1 of the token.
   template <typename Sum>
-  __device__ __forceinline__ void write(int o, int token, const Sum& sum) const {
+  __device__ __forceinline__ void write(const float (&turn)[2 * kRowTiles], int token,
+                                        const Sum& sum) const {
     const LinearProjection& q = a.also;
     const std::int64_t row = second ? linear_tokens(a)[token].row : -1;
     T* const y =
@@ -117,8 +117,8 @@ struct LinearTurn {
       if (n >= outputs) continue;
       float2 v = sum(n);
       if (angle[i] >= 0) {
-        const float2 by = turn[o][i];
-        v = make_float2(v.x * by.x - v.y * by.y, v.x * by.y + v.y * by.x);
+        const float cos = turn[2 * i], sin = turn[2 * i + 1];
+        v = make_float2(v.x * cos - v.y * sin, v.x * sin + v.y * cos);
       }
       const Pair rounded = LinearPair<T>::round(v);
       *reinterpret_cast<Pair*>(y + n) = rounded;
