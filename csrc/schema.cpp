@@ -104,11 +104,6 @@ STABLE_TORCH_LIBRARY(zebra, m) {
       "linear_decode(Tensor x, Tensor weight, Tensor? norm_weight=None, Tensor? bias=None,"
       " Tensor? residual=None, str activation='none', float norm_eps=1e-05,"
       " Tensor? up_weight=None) -> Tensor");
-  // For the CUDA registration of linear_decode: what its kernels do not take
-  m.def(
-      "_linear_decode_composite(Tensor x, Tensor weight, Tensor? norm_weight=None,"
-      " Tensor? bias=None, Tensor? residual=None, str activation='none', float norm_eps=1e-05,"
-      " Tensor? up_weight=None) -> Tensor");
 
   // KL(teacher || student) of every token from hidden states and output weights
   m.def(

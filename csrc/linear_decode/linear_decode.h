@@ -56,6 +56,8 @@ struct LinearProjection {
 constexpr std::int64_t kLinearCudaRows = 128;
 Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream);
 bool linear_decode_cuda_needs_h(const LinearDecodeParams& p);  // norm(x) goes through memory
+// What follows products that ATen made, of any rows and dtype.
+Status linear_decode_epilogue_cuda(const LinearDecodeEnds& e, CUstream_st* stream);
 Status linear_decode_portable(const LinearDecodeParams& p, CUstream_st* stream);  // sm_80 and later
 // The Hopper kernel moves x, W and norm_weight in units of 16 bytes.
 bool linear_decode_sm90_takes(const LinearDecodeParams& p);
