@@ -101,12 +101,13 @@ STABLE_TORCH_LIBRARY(zebra, m) {
   // y = act(W norm(x) + b) + residual for few rows of x
   m.def(
       "linear_decode(Tensor x, Tensor weight, Tensor? norm_weight=None, Tensor? bias=None,"
-      " Tensor? residual=None, str activation='none', float norm_eps=1e-05) -> Tensor");
+      " Tensor? residual=None, str activation='none', float norm_eps=1e-05,"
+      " Tensor? up_weight=None) -> Tensor");
   // For the CUDA registration of linear_decode: what its kernels do not take
   m.def(
       "_linear_decode_composite(Tensor x, Tensor weight, Tensor? norm_weight=None,"
-      " Tensor? bias=None, Tensor? residual=None, str activation='none', float norm_eps=1e-05)"
-      " -> Tensor");
+      " Tensor? bias=None, Tensor? residual=None, str activation='none', float norm_eps=1e-05,"
+      " Tensor? up_weight=None) -> Tensor");
 
   // KL(teacher || student) of every token from hidden states and output weights
   m.def(

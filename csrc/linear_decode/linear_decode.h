@@ -14,7 +14,8 @@ namespace zebra {
 
 struct LinearDecodeParams {
   const void* x;            // [rows, K], row stride x_stride
-  const void* weight;       // [outputs, K], row stride weight_stride; swiglu: [2 outputs, K]
+  const void* weight;       // [outputs, K], row stride weight_stride; swiglu: the gate rows
+  const void* up_weight;    // swiglu: the up rows, like weight
   const void* norm_weight;  // [K] of norm_weight_dtype, or nullptr: no norm
   const void* bias;         // [outputs] ([2 outputs]) or nullptr
   const void* residual;     // [rows, outputs], row stride residual_stride, or nullptr
@@ -22,7 +23,7 @@ struct LinearDecodeParams {
   std::int64_t rows, outputs, K;
   std::int64_t x_stride, weight_stride, residual_stride;
   DType dtype, norm_weight_dtype;
-  bool swiglu;  // y = silu(gate) up: the first and the last `outputs` rows of W and of b
+  bool swiglu;  // y = silu(gate) up; of b the first and the last `outputs`
   double norm_eps;
   bool use_amx = false;  // CPU: multiply in bf16 on the matrix unit
   void* h = nullptr;     // CUDA: workspace [rows, K] where linear_decode_cuda_needs_h()

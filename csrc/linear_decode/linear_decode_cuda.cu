@@ -17,6 +17,7 @@
 #include "common/cuda/vec.cuh"
 #include "linear_decode/linear_decode.h"
 #include "linear_decode/linear_decode_config.h"
+#include "linear_decode/linear_decode_sm90_config.h"
 
 namespace zebra {
 namespace {
@@ -56,14 +57,15 @@ struct LinearTile {
   }
   __device__ __forceinline__ void load(int stage, std::int64_t k0) const {
     const T* const w = static_cast<const T*>(p.weight);
+    const T* const up = static_cast<const T*>(p.up_weight);
     const T* const x = static_cast<const T*>(p.x);
     const int unit = thread % 8 * 8;
     for (int row = thread / 8; row < kRows; row += kThreads / 8) {
       const bool is_x = row >= kParts * kLinearTileRows;
       const std::int64_t at = is_x ? first_token + row - kParts * kLinearTileRows
                                    : first_output + row % kLinearTileRows;
-      const std::int64_t skip = row >= kLinearTileRows ? p.outputs : 0;  // the up rows
-      const T* const from = is_x ? x + at * p.x_stride : w + (skip + at) * p.weight_stride;
+      const T* const part = row < kLinearTileRows ? w : up;
+      const T* const from = is_x ? x + at * p.x_stride : part + at * p.weight_stride;
       load_unit(row_of(stage, row) + unit, from, k0 + unit, at < (is_x ? p.rows : p.outputs));
     }
     cp_async_commit();
@@ -191,8 +193,8 @@ Status start(const LinearDecodeParams& p, const LinearDecodeConfig& c, CUstream_
 
 template <typename T, int kTokens>
 Status with_form(const LinearDecodeParams& p, const LinearDecodeConfig& c, CUstream_st* stream) {
-  const bool aligned =
-      rows_aligned<T>(p.K, {p.x, p.weight}, {p.rows == 1 ? 0 : p.x_stride, p.weight_stride});
+  const bool aligned = rows_aligned<T>(p.K, {p.x, p.weight, p.up_weight},
+                                       {p.rows == 1 ? 0 : p.x_stride, p.weight_stride});
   if (p.swiglu)
     return aligned ? start<T, kTokens, true, true>(p, c, stream)
                    : start<T, kTokens, true, false>(p, c, stream);
@@ -222,7 +224,8 @@ Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream) {
 }
 
 bool linear_decode_cuda_needs_h(const LinearDecodeParams& p) {
-  return p.norm_weight != nullptr && takes_sm90() && linear_decode_sm90_takes(p);
+  return p.norm_weight != nullptr && !linear_norms_itself(p.rows, p.K) && takes_sm90() &&
+         linear_decode_sm90_takes(p);
 }
 
 }  // namespace zebra

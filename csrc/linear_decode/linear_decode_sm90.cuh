@@ -6,6 +6,7 @@
 #include "common/cuda/vec.cuh"
 #include "common/sm90/wgmma.cuh"
 #include "linear_decode/linear_decode_sm90_load.cuh"
+#include "linear_decode/linear_decode_sm90_norm.cuh"
 
 namespace zebra::sm90 {
 
@@ -63,15 +64,18 @@ struct LinearProduct {
   __device__ __forceinline__ void multiply_all(float (&d)[kSize], LinearRing& r) const {
     const LinearDecodeSm90Config& c = a.cfg;
     const int own = c.boxes / (kSlices * kParts);  // groups of boxes in a stage
-    const std::uint32_t w_skip = tile * c.second_offset + part * kSlices * c.weight_box;
-    const std::uint32_t x_skip = c.x_offset + part * kSlices * c.x_box;
+    const std::uint32_t w_skip =
+        (tile ^ a.up_first) * c.second_offset + part * kSlices * c.weight_box;
+    const std::uint32_t x_skip = part * kSlices * c.x_box;
     const std::uint32_t w_step = kParts * kSlices * c.weight_box;
     int last = 0;
     for (int s = 0; s < work.steps; ++s) {
       mbarrier_wait(linear_shared_at(LinearSmem::kFull) + 8 * r.slot, r.phase);
       const std::uint32_t stage = linear_shared_at(LinearSmem::kRing + r.slot * c.stage_bytes);
       const std::uint64_t w = wgmma_descriptor(stage + w_skip, 16);
-      const std::uint64_t x = wgmma_descriptor(stage + x_skip, 16);
+      const std::uint32_t boxes_of_x =
+          c.norms ? linear_shared_at(c.h_offset) + s * c.boxes * c.x_box : stage + c.x_offset;
+      const std::uint64_t x = wgmma_descriptor(boxes_of_x + x_skip, 16);
       if (own == 1)
         multiply<1>(d, w, w_step, x);
       else if (own == 2)
@@ -245,7 +249,11 @@ __global__ void __launch_bounds__(kLinearThreads, linear_ctas_of_sm(kTokens))
     if (cluster == 2) cluster_wait();
   } else {
     if (cluster == 2) cluster_wait();
-    grid_dependency_wait();  // the residual, and y
+    bool has_x = false;
+    if constexpr (kTokens == kLinearMostNormedRows) {
+      if (a.cfg.norms) LinearNorm<T>{a}.run(), has_x = true;
+    }
+    if (!has_x) grid_dependency_wait();  // the residual, and y
     Product{a, LinearWork(a)}.walk();
   }
 }

@@ -32,9 +32,21 @@ constexpr int kLinearMostSlicedColumns = 64;  // of a product: slices times toke
 // a copy of x, whatever it brings.
 constexpr int kLinearStageWeightBytes = 12288;
 
+// Where at most 8 rows of x are normalised, every CTA does it for itself: all of h lies in its
+// shared memory, whatever the ring brings.  Longer rows would leave the ring too little, and of
+// more rows the work would show; those have a launch before this one.
+constexpr std::int64_t kLinearMostNormedRows = 8, kLinearMostNormedK = 6144;
+constexpr bool linear_norms_itself(std::int64_t rows, std::int64_t K) {
+  return rows <= kLinearMostNormedRows && K <= kLinearMostNormedK;
+}
+
+// Shared memory besides h and gain where two CTAs are to fit on a multiprocessor.
+constexpr int kLinearRingBesideNormBytes = 73728;
+
 struct LinearDecodeSm90Shape {
   std::int64_t rows, outputs, K;
   bool swiglu;
+  bool norm = false;
 };
 
 // A unit is `unit` outputs; a cluster of 1 or 2 CTAs computes `units` of them one after another,
@@ -57,6 +69,9 @@ struct LinearDecodeSm90Config {
   int stage_bytes, stages;  // of the ring
   int staging_offset;       // fp32 sums on their way out, or to the other CTA
   int merge_offset;         // sums of the second warpgroup, where two CTAs share a unit of one tile
+  bool norms;       // h = norm(x) lies in shared memory as a whole, and stages bring W alone
+  int h_offset;     // its boxes
+  int gain_offset;  // the norm's weight
   int smem_bytes;
   bool starts_next_first;  // the next launch may start before x is there
 };
@@ -82,7 +97,7 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
   c.boxes = boxes;
   c.steps = static_cast<int>(ceil_div<std::int64_t>(K, kLinearBox * c.boxes));
   c.x_offset = c.boxes * c.weight_box;
-  c.stage_bytes = c.x_offset + c.boxes * c.x_box;
+  c.stage_bytes = c.x_offset + (c.norms ? 0 : c.boxes * c.x_box);
 
   // Sums of the other CTA's half of the tokens, or of the tokens that are on their way out.
   const int exchanged = c.cluster == 2 ? c.tokens / 2 * 64 * c.row_tiles * 4 : 0;
@@ -95,16 +110,21 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
   const int merged = c.cluster == 2 && c.row_tiles == 1 ? c.tokens * 64 * 4 : 0;
   const int held = (needed < 2 ? needed : 2) * c.stage_bytes;
   const int merge = c.units == 1 && held >= merged ? 0 : merged;
+  const int h = c.norms ? c.steps * c.boxes * c.x_box : 0;
+  const int gain = c.norms ? static_cast<int>(round_up<std::int64_t>(4 * K, 1024)) : 0;
+  const int rest = staging + merge + h + gain;
   // A product reads 64 rows from where a box starts, also where the box has fewer.
   const int past = (c.row_tiles - 1) * c.second_offset + 64 * 2 * kLinearBox;
-  const int behind = c.stage_bytes - (c.boxes - 1) * c.weight_box + staging + merge;
+  const int behind = c.stage_bytes - (c.boxes - 1) * c.weight_box + rest;
   const int slack = past > behind ? past - behind : 0;
-  const int fit = (most_bytes - kLinearHeaderBytes - staging - merge - slack) / c.stage_bytes;
+  const int fit = (most_bytes - kLinearHeaderBytes - rest - slack) / c.stage_bytes;
   c.stages = fit < kLinearMostStages ? fit : kLinearMostStages;
   if (needed < c.stages) c.stages = needed;
   c.staging_offset = kLinearHeaderBytes + c.stages * c.stage_bytes;
   c.merge_offset = merge == 0 ? kLinearHeaderBytes : c.staging_offset + staging;
-  c.smem_bytes = c.staging_offset + staging + merge + slack;
+  c.h_offset = c.staging_offset + staging + merge;
+  c.gain_offset = c.h_offset + h;
+  c.smem_bytes = c.staging_offset + rest + slack;
 }
 
 constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
@@ -136,13 +156,18 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   c.second_offset = (s.swiglu ? c.box_rows : 64) * 2 * kLinearBox;
   c.weight_box = (s.swiglu ? 2 : 1) * c.box_rows * 2 * kLinearBox;
   c.x_box = c.tokens * 2 * kLinearBox;
+  c.norms = s.norm && linear_norms_itself(s.rows, s.K);
 
   // A whole multiprocessor: long runs of W in flight are worth more than a second ring beside this
   // one, but where all that a CTA reads is no more than a multiprocessor holds; there half of it,
   // and the next launch's ring fills in the other half.
   const std::int64_t bytes =
       (c.weight_box + c.x_box) * ceil_div<std::int64_t>(s.K, kLinearBox) / c.cluster * c.units;
-  const bool half = c.tokens <= 64 && bytes <= kLinearWholeSmemBytes;
+  // h and its gain may not take what the ring needs.
+  const std::int64_t normed =
+      c.norms ? c.x_box * ceil_div<std::int64_t>(s.K, kLinearBox) + 4 * s.K : 0;
+  const bool half = c.tokens <= 64 && bytes <= kLinearWholeSmemBytes &&
+                    normed <= kLinearHalfSmemBytes - kLinearRingBesideNormBytes;
   const int most_bytes = tuning.smem_bytes != 0 ? tuning.smem_bytes
                          : half                 ? kLinearHalfSmemBytes
                                                 : kLinearWholeSmemBytes;

@@ -16,20 +16,22 @@ enum class Early { kNothing, kIntoL2, kIntoShared };
 
 struct LinearArgs {
   CUtensorMap weight, x;
-  LinearDecodeParams p;  // x is normalised where there was a norm
+  LinearDecodeParams p;  // norm_weight where this kernel normalises x itself
   LinearDecodeSm90Config cfg;
   Early early;
   // Whether one copy brings all boxes of a stage: the maps then have K in blocks of kLinearBox as
   // their last dimension.
   bool whole;
+  bool up_first;  // swiglu: the map begins with the up rows, which lie below the gate rows
 };
 
 // Shared memory before the ring: byte offsets.
 struct LinearSmem {
   static constexpr int kFull = 0, kEmpty = kFull + 8 * kLinearMostStages;
   static constexpr int kPeerFull = kEmpty + 8 * kLinearMostStages, kPeerFree = kPeerFull + 8;
+  static constexpr int kSquares = 512;  // of 8 rows, by 8 warps
   static constexpr int kRing = kLinearHeaderBytes;
-  static_assert(kPeerFree + 8 <= kRing && kRing % 1024 == 0);
+  static_assert(kPeerFree + 8 <= kSquares && kSquares + 4 * 64 <= kRing && kRing % 1024 == 0);
 };
 
 extern __shared__ __align__(1024) char linear_shared[];
@@ -109,6 +111,7 @@ struct LinearLoader {
   }
   __device__ __forceinline__ void load_x(const Place& at, int slot) const {
     const LinearDecodeSm90Config& c = a.cfg;
+    if (c.norms) return;
     const std::uint32_t to =
         linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes + c.x_offset);
     const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;

@@ -11,10 +11,11 @@ namespace {
 
 Tensor composite(const Tensor& x, const Tensor& weight, const OptTensor& norm_weight,
                  const OptTensor& bias, const OptTensor& residual, const std::string& activation,
-                 double norm_eps) {
+                 double norm_eps, const OptTensor& up_weight) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack{from(x),        from(weight),     from(norm_weight), from(bias),
-                                    from(residual), from(activation), from(norm_eps)};
+  std::array<StableIValue, 8> stack{from(x),        from(weight),   from(norm_weight),
+                                    from(bias),     from(residual), from(activation),
+                                    from(norm_eps), from(up_weight)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("zebra::_linear_decode_composite", "",
                                                       stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -22,12 +23,13 @@ Tensor composite(const Tensor& x, const Tensor& weight, const OptTensor& norm_we
 
 Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& norm_weight,
                         const OptTensor& bias, const OptTensor& residual,
-                        const std::string& activation, double norm_eps) {
+                        const std::string& activation, double norm_eps,
+                        const OptTensor& up_weight) {
   const CudaScope scope(x);
   bool is_taken = true;
   // Checks everything first: a message from below would not survive the dispatcher.
   const Tensor y =
-      linear_decode_torch(x, weight, norm_weight, bias, residual, activation, norm_eps,
+      linear_decode_torch(x, weight, norm_weight, bias, residual, activation, norm_eps, up_weight,
                           [&](LinearDecodeParams p, const Tensor& in, const Tensor&) {
                             is_taken = p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows;
                             if (!is_taken) return Status{};
@@ -39,7 +41,7 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
                             return linear_decode_cuda(p, scope.stream());
                           });
   if (is_taken) return y;
-  return composite(x, weight, norm_weight, bias, residual, activation, norm_eps);
+  return composite(x, weight, norm_weight, bias, residual, activation, norm_eps, up_weight);
 }
 
 }  // namespace

@@ -100,8 +100,20 @@ class Emulation {
       const int to = stage + b * c.weight_box, at = k + b * kBox;
       copy_box(to, weight, output, N, at, c.box_rows);
       if (s.swiglu) copy_box(to + c.second_offset, weight, N + output, 2 * N, at, c.box_rows);
-      copy_box(stage + c.x_offset + b * c.x_box, x, 0, rows, at, c.tokens);
+      if (!c.norms) copy_box(stage + c.x_offset + b * c.x_box, x, 0, rows, at, c.tokens);
     }
+  }
+  // LinearNorm: the rows that there are, zeros behind K; here without what a norm changes.
+  void load_h() {
+    if (c.h_offset % 1024 != 0 || c.h_offset + c.steps * c.boxes * c.x_box > c.gain_offset ||
+        c.gain_offset + 4 * K > c.smem_bytes)
+      fail("h or its gain past shared memory");
+    for (int u = 0; u < c.steps * c.boxes * 8; ++u)
+      for (int row = 0; row < rows; ++row)
+        for (int e = 0; e < 8; ++e) {
+          const int k = 8 * u + e, byte = c.h_offset + u / 8 * c.x_box + row * kLineBytes;
+          memory[byte / kLineBytes * kBox + u % 8 * 8 + e] = k < K ? x[row * K + k] : 0;
+        }
   }
   // A product of 64 lines from `w` on with as many lines from `v` on as there are columns.
   void multiply(std::vector<float>& sums, int w, int v) {
@@ -121,6 +133,7 @@ class Emulation {
     const int steps = (c.cluster == 2 && rank == 0 ? c.steps / 2 : c.steps) - first_step;
     memory.assign(zebra::ceil_div(c.smem_bytes, kLineBytes) * kBox, kNaN);
     for (std::vector<float>& sums : d[rank]) sums.assign(64 * columns, 0);
+    if (c.norms) load_h();
     const int parts = c.row_tiles == 1 ? 2 : 1;  // warpgroups take turns along K, or rows
     for (int i = 0; i < steps; ++i) {
       const int slot = (unit * steps + i) % c.stages;
@@ -130,7 +143,8 @@ class Emulation {
         for (int b = parts == 2 ? group * c.slices : 0; b < c.boxes; b += c.slices * parts)
           multiply(d[rank][group],
                    stage + (parts == 1 ? group * c.second_offset : 0) + b * c.weight_box,
-                   stage + c.x_offset + b * c.x_box);
+                   c.norms ? c.h_offset + (i * c.boxes + b) * c.x_box
+                           : stage + c.x_offset + b * c.x_box);
     }
   }
 
@@ -205,6 +219,7 @@ int main() {
             if (std::int64_t{rows} * N * K > 3000000) continue;
             const LinearDecodeSm90Shape s = {rows, N, K, swiglu};
             emulate(s, sms);
+            if (rows <= 8 && K % 8 == 0) emulate({rows, N, K, swiglu, true}, sms);
             if (rows > 32) emulate(s, sms, {1, 1, 0, -1});
             emulate(s, sms,
                     rows > 32 ? LinearDecodeSm90Tuning{2, 4, 60000, -1}
@@ -214,7 +229,9 @@ int main() {
   for (const LinearDecodeSm90Shape& s :
        {LinearDecodeSm90Shape{5, 4300, 200, false}, LinearDecodeSm90Shape{5, 2000, 300, false},
         LinearDecodeSm90Shape{20, 3000, 136, false}, LinearDecodeSm90Shape{3, 17000, 72, false},
-        LinearDecodeSm90Shape{40, 5000, 72, false}})
+        LinearDecodeSm90Shape{40, 5000, 72, false},
+        LinearDecodeSm90Shape{5, 2000, 304, false, true},
+        LinearDecodeSm90Shape{3, 17000, 72, false, true}})
     emulate(s, 132);
   std::printf("linear_decode: %d emulated, %d failures\n", emulated, failures);
   return failures == 0 ? 0 : 1;

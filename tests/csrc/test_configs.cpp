@@ -187,10 +187,13 @@ void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s
   EXPECT_HERE(merged == 0 ? in_ring
               : in_ring   ? c.units == 1 && c.merge_offset + merged <= c.staging_offset
                           : c.merge_offset + merged <= c.smem_bytes);
-  const int held = (in_ring ? c.smem_bytes : c.merge_offset) - c.staging_offset;
+  const int held = (in_ring ? c.h_offset : c.merge_offset) - c.staging_offset;
   EXPECT_HERE(held >= parts * zebra::linear_staged_tokens(c.tokens, c.row_tiles) *
                           zebra::linear_staging_pitch(c.row_tiles) * 4);
   EXPECT_HERE(c.cluster == 1 || held >= c.tokens / 2 * 64 * c.row_tiles * 4);
+  EXPECT_HERE(!c.norms || (s.norm && c.cluster == 1 && c.h_offset % 1024 == 0 &&
+                           c.gain_offset - c.h_offset >= c.steps * c.boxes * c.x_box &&
+                           c.gain_offset + 4 * K <= c.smem_bytes));
   // How sums are split must not depend on the GPU.
   const zebra::LinearDecodeSm90Config other = zebra::select_linear_decode_sm90_config(s, 78);
   EXPECT_HERE(c.cluster == other.cluster && c.slices == other.slices);
@@ -208,7 +211,8 @@ void linear_decode_tiles_fit() {
       for (const std::int64_t K : {1, 64, 72, 1000, 2048, 4096, 14336})
         for (std::int64_t N = 1; N < 300000; N += N < 300 ? 1 : N / 7)
           for (const bool swiglu : {false, true})
-            linear_decode_units_cover_the_outputs({rows, N, K, swiglu}, sms);
+            for (const bool norm : {false, true})
+              linear_decode_units_cover_the_outputs({rows, N, K, swiglu, norm}, sms);
   // The shapes of decoding on an H200: the share of the busiest multiprocessor is near the mean.
   for (const std::int64_t N : {2048, 2208, 3264, 4096, 4320, 10272, 14336, 128256}) {
     const zebra::LinearDecodeSm90Config c =
