@@ -92,6 +92,8 @@ Tensor mamba2_step_torch(const Tensor& zxbcdt, const Tensor& conv_state, const T
         norm_weight ? norm_weight->data_ptr() : nullptr,
         state_indices ? static_cast<const std::int32_t*>(state_indices->data_ptr()) : nullptr,
         y.data_ptr(),
+        nullptr,
+        slots,
         batch,
         H,
         P,

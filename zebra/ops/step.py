@@ -56,9 +56,9 @@ def mamba2_step(
 
     Raises:
         RuntimeError: on a wrong shape, dtype, stride or device; on the CPU also where A is positive
-            and where state_indices repeat a slot or exceed the slots (a CUDA call does not read
-            these values on the host: torch's own bounds assertion stops the kernel).  Nothing is
-            written then.
+            and where state_indices repeat a slot or exceed the slots.  Nothing is written then.
+            CUDA does not read these values on the host: a row whose slot does not exist gives NaN
+            and touches no state.
 
     Numerics:
         Everything in fp32 (fp64 for fp64), with one rounding of y and one of each stored state.  A
