@@ -1,5 +1,5 @@
-// The walk for the states alone: what the units leave of the sequences they do not finish, and how
-// much of the state before it is left.
+// The walk for the states alone: up to where units begin inside a sequence, and how much of the
+// state before it is left.
 #pragma once
 
 #include "ssd_scan/ssd_scan_sm90_decays.cuh"
@@ -58,11 +58,13 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
   const int lane = keep(static_cast<int>(threadIdx.x % 32));
   Ring r, x;            // of the product, of the scaling
   unsigned number = 0;  // of the step, over all pieces
+  float h[kRegs], log2_decay = 0.f;
   for (Pieces<true> item(a); item.next();) {
-    float h[kRegs];
+    if (item.fresh) {
 #pragma unroll
-    for (int k = 0; k < kRegs; ++k) h[k] = 0.f;
-    float log2_decay = 0.f;
+      for (int k = 0; k < kRegs; ++k) h[k] = 0.f;
+      log2_decay = 0.f;
+    }
     // x of the next chunk, the first or the second of a step.
     const auto scale = [&](Scaled& out, int second) {
       mbarrier_wait(base + S::kFull + 8 * x.slot, x.phase);
@@ -121,12 +123,12 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
       wgmma_wait<0>(h);
       release();
     }
-    float4* const out = part_state<kRegs>(a, item.part, unit);
+    float4* const out = slot_state<kRegs>(a, item.slot, unit);
 #pragma unroll
     for (int k = 0; k < kRegs / 4; ++k)
       out[k * 128] = make_float4(h[4 * k], h[4 * k + 1], h[4 * k + 2], h[4 * k + 3]);
     if (threadIdx.x % 128 == 0 && (kHeads == 2 || unit == 0))
-      a.decays[static_cast<std::int64_t>(item.part) * kHeads + of] = exp2_approx(log2_decay);
+      a.decays[static_cast<std::int64_t>(item.slot) * kHeads + of] = exp2_approx(log2_decay);
   }
 }
 
