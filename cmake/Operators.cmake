@@ -174,7 +174,7 @@ function(zebra_build_libraries)
     target_include_directories(zebra_test_configs PRIVATE csrc)
     target_compile_options(zebra_test_configs PRIVATE ${ZEBRA_COMPILE_OPTIONS})
     add_test(NAME configs COMMAND zebra_test_configs)
-    foreach(kernel linear_decode mla_decode)
+    foreach(kernel linear_decode mla_decode ssd_scan)
       add_executable(zebra_emulate_${kernel} tests/csrc/emulate_${kernel}.cpp)
       set_target_properties(zebra_emulate_${kernel} PROPERTIES CXX_STANDARD 20)  # <barrier>
       target_include_directories(zebra_emulate_${kernel} PRIVATE csrc)

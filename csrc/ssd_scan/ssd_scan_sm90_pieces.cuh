@@ -1,9 +1,7 @@
-// What a CTA of ssd_scan's Hopper kernels walks, piece after piece.
+// What a CTA of ssd_scan's Hopper kernels walks, piece after piece.  Include CUDA's headers before:
+// the emulation on the CPU has others.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include "common/sm90/tma.cuh"
 #include "ssd_scan/ssd_scan.h"
 #include "ssd_scan/ssd_scan_sm90_config.h"
 
