@@ -2,9 +2,10 @@
 //
 // Computes       y and the final state of ssd_scan.h for 16-bit dtypes, P and N of 64 or 128.
 //                Derivation, steps and what was rejected: docs/kernels/ssd_scan.md.
-// Work           all chunks of all sequences of all bundles of heads in one line, cut into equal
-//                shares: ssd_scan_sm90_config.h.  A share that begins inside a sequence starts from
-//                a state that a first kernel walked up to there, without outputs.
+// Work           all chunks of all sequences of all bundles of heads in equal shares, cut as near
+//                to the front of sequences as can be: ssd_scan_sm90_config.h.  A share that begins
+//                inside a sequence starts from states that a first kernel walked up to there,
+//                without outputs, in equal shares of its own.
 // Kernels        plan (packed sequences that may be cut: where shares begin), states (where
 //                sequences are cut), forward, which starts while states ends.
 // Grid           persistent, one CTA a multiprocessor; a CTA walks one head of P = 128 or two of 64

@@ -228,9 +228,7 @@ constexpr SsdPlan ssd_scan_cuts(std::int64_t lines, std::int64_t grains, std::in
     const SsdPlan plan = ssd_scan_plan(lines, grains, units, at_once, hbm);
     if (plan.units > 0 && plan.time < best.time) best = plan;
   };
-#ifndef SSD_EXP_EQUAL
   attempt(at_once);
-#endif
   for (std::int64_t n = 2; n * lines <= at_once; ++n) attempt(n * lines);
   return best;
 }
