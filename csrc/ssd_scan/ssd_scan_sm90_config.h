@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "common/math.h"
 
@@ -161,11 +162,13 @@ constexpr double kSsdStart = 1.5;  // a CTA's first loads and last stores, in ch
 constexpr double kSsdStateChunk = 0.28;  // a chunk of the walk for the states
 constexpr double kSsdStateStart = 1.2;   // its first loads and the store of a state
 constexpr double kSsdStateLaunch = 1;    // a second kernel
-constexpr double kSsdFold = 0.3;         // reading a state
+constexpr double kSsdStatePiece = 0.4;   // a state stored on the way
+constexpr double kSsdFold = 0.7;         // reading a state
 constexpr double kSsdChunkUs = 2.2;      // a chunk of the main walk where HBM is not in the way
-// Parts of the copy's rate that are reached: by whole sequences side by side, by cut ones.
-constexpr double kSsdWhole = 0.95, kSsdCut = 0.8;
-constexpr double kSsdGain = 0.97;      // a plan with cuts must be as much faster than one without
+// Parts of the copy's rate that are reached: by the main walk, by the one for the states.
+constexpr double kSsdReached = 0.95, kSsdStateReached = 0.8;
+constexpr double kSsdBeside = 0.1;  // of what computing or HBM takes less, not hidden by the other
+constexpr double kSsdGain = 0.97;   // a plan with cuts must be as much faster than one without
 constexpr std::int64_t kSsdLeast = 4;  // chunks of a share
 
 // Time of HBM for one grain of a line, in chunks of the main walk.
@@ -180,6 +183,9 @@ struct SsdPlan {
 };
 
 constexpr double most_of(double a, double b) { return a > b ? a : b; }
+constexpr double side_by_side(double a, double b) {
+  return a > b ? a + kSsdBeside * b : b + kSsdBeside * a;
+}
 
 // `units` units for `lines` sequences of `grains` chunks, of all bundles: whole sequences as far as
 // they can be dealt out evenly.  Of the others every sequence ends in as many whole units as it
@@ -189,31 +195,43 @@ constexpr SsdPlan ssd_scan_plan(std::int64_t lines, std::int64_t grains, std::in
   SsdPlan best = {};
   const std::int64_t wholes = lines / units, cut = lines - wholes * units;
   const double of_wholes = static_cast<double>(wholes) * (static_cast<double>(grains) + kSsdStart);
-  const double all = static_cast<double>(lines * grains) * hbm.main;
+  const double moved = static_cast<double>(lines * grains) * hbm.main / kSsdReached + kSsdStart;
   if (cut == 0) {
     const double waves = static_cast<double>(ceil_div(units, at_once));
-    best = {units, wholes, 0, 0, 0, 0, 0, 0, most_of(waves * of_wholes, all / kSsdWhole)};
+    best = {units, wholes, 0, 0, 0, 0, 0, 0, side_by_side(waves * of_wholes, moved)};
     return best;
   }
   const std::int64_t parts = units / cut, tails = parts * cut == units ? parts - 1 : parts;
   const std::int64_t head_units = units - tails * cut, even = cut * grains / units;
-  for (std::int64_t tail = even; tail <= even + 2; ++tail) {
-    const std::int64_t head = grains - tails * tail;
+  for (std::int64_t tail = even > 8 ? even - 8 : 1; tail <= even + 2; ++tail) {
+    const std::int64_t head = grains - tails * tail, line = grains - tail;
     if (tail < kSsdLeast || head < 1) continue;
-    const std::int64_t share = ceil_div(cut * head, head_units);
-    const double pieces = static_cast<double>(ceil_div(share, head) + (cut == head_units ? 0 : 1));
-    const double of_share = most_of(static_cast<double>(tail) + kSsdStart,
-                                    static_cast<double>(share) + kSsdStart * pieces);
-    const std::int64_t walked = cut * (grains - tail);
-    const std::int64_t most = ceil_div(walked, kSsdLeast), shares = most < at_once ? most : at_once;
-    const std::int64_t walk = ceil_div(walked, shares);
-    const double folds = static_cast<double>(ceil_div(grains - tail, walk) + 1);
-    const double traffic = static_cast<double>(walked) * hbm.state / kSsdCut;
-    const double time = most_of(of_wholes + of_share, all / kSsdCut + kSsdStart) + kSsdStateLaunch +
-                        kSsdStateStart + kSsdFold * folds +
-                        most_of(kSsdStateChunk * static_cast<double>(walk), traffic);
-    if (best.units == 0 || time < best.time)
-      best = {units, wholes, cut, tails, tail, head, head_units, shares, time};
+    const std::int64_t share = ceil_div(cut * head, head_units), walked = cut * line;
+    const double pieces =
+        cut == head_units ? 1. : 1. + static_cast<double>(share) / static_cast<double>(head);
+    // The walk for the states in as many shares as fit at once, or in whole ones of every sequence,
+    // which are longer, but fewer of them meet in a sequence.
+    const std::int64_t most = ceil_div(walked, kSsdLeast), fit = most < at_once ? most : at_once;
+    for (const std::int64_t shares : {fit, fit / cut * cut}) {
+      if (shares < 1) continue;
+      const std::int64_t walk = ceil_div(walked, shares);
+      const bool aligned = shares % cut == 0 && walk * shares == walked;
+      const auto folds = [&](std::int64_t before) {
+        return kSsdFold * static_cast<double>(ceil_div(before, walk) + (aligned ? 0 : 1));
+      };
+      const double of_tail = static_cast<double>(tail) + kSsdStart + folds(line);
+      const double of_head =
+          static_cast<double>(share) + kSsdStart * pieces + (cut == head_units ? 0. : folds(head));
+      // Cuts of the main walk and ends of sequences in a share.
+      const std::int64_t ends = aligned && tails == 1 ? 0 : ceil_div(walk * tails, line);
+      const double states = kSsdStateStart + kSsdStatePiece * static_cast<double>(ends) +
+                            most_of(kSsdStateChunk * static_cast<double>(walk),
+                                    static_cast<double>(walked) * hbm.state / kSsdStateReached);
+      const double time =
+          side_by_side(of_wholes + most_of(of_tail, of_head), moved) + kSsdStateLaunch + states;
+      if (best.units == 0 || time < best.time)
+        best = {units, wholes, cut, tails, tail, head, head_units, shares, time};
+    }
   }
   return best;
 }

@@ -26,6 +26,7 @@ struct Smem {
   static constexpr int kPmFull = kYFull + 8 * 3, kPmEmpty = kPmFull + 8 * kSsdPmSlots;
   static constexpr int kSquaresFull = kPmEmpty + 8 * kSsdPmSlots, kRstdFull = kSquaresFull + 8;
   static constexpr int kHeldPieces = 256;             // Pieces of the 8 warps of states
+  static constexpr int kStateChunks = kHeldPieces;    // walk for the states: StateChunk [stages]
   static constexpr int kRstd = 512;                   // float [heads][64]: 1 / rms of the tokens
   static constexpr int kDecays = kRstd + 2 * kQ * 4;  // Decays [slots][heads]
   static constexpr int kTiles = ssd_scan_sm90_tiles_offset(kHeads);
