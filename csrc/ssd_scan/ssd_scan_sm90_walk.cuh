@@ -76,7 +76,7 @@ __device__ __forceinline__ void arrive_warp(std::uint32_t bar, int lane = thread
 struct Decays {
   float s[kQ];      // s_i; the scores leave the factor of x_i in y_i here: (C_i . B_i) d_i + D
   float t[kQ];      // s_j - log2 d_j: exp2(s_i - t_j) = exp(s_i - s_j) d_j
-  float e[kQ];      // exp2(s_i); e[63] is the decay of the chunk
+  float e[kQ];      // d_i; the scores leave exp2(s_i) here, so that e[63] is the chunk's decay
   uint2 w[kQ / 2];  // exp2(s_63 - t_j), the weight of token j in the state after the chunk, split
 };
 
