@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(256) mamba2_state_kernel(const Mamba2StepParam
   const std::int64_t channels = p.groups * (p.headdim + p.d_state) + p.heads * p.d_state;
   const float dt = to_float(z[p.heads * p.headdim - head * P + channels + head]) +
                    parameter<T>(p.dt_bias, p.dt_bias_dtype, head);
-  const float A = static_cast<const float*>(p.A)[head], D = parameter<T>(p.D, p.D_dtype, head);
+  const float a = static_cast<const float*>(p.A)[head], A = p.A_is_log ? -expf(a) : a;
+  const float D = parameter<T>(p.D, p.D_dtype, head);
   const int own = static_cast<int>(threadIdx.x);  // the output that this thread finishes first
   const float weight = p.norm_weight != nullptr && own < P
                            ? parameter<T>(p.norm_weight, p.norm_weight_dtype, head * P + own)
