@@ -100,8 +100,8 @@ def states(i: Inputs, cache: HybridCache) -> Tensor:
         m = layer.mamba
         weights = m._weights(i["zxbcdt"].dtype)
         y = ops.mamba2_step(
-            i["zxbcdt"], store.conv_state, store.ssm_state, *weights[:2], m.dt_bias, m._A(), m.D,
-            weights[2], m.num_kv_heads, i["rows"].slots, m.norm_eps,
+            i["zxbcdt"], store.conv_state, store.ssm_state, *weights[:2], m.dt_bias, m.A_log,
+            m.D, weights[2], m.num_kv_heads, i["rows"].slots, m.norm_eps, A_is_log=True,
         )  # fmt: skip
     return y
 

@@ -32,6 +32,7 @@ struct Mamba2StepParams {
   float* conv;                        // CUDA: scratch [batch, channels] for silu(conv(...))
   std::int64_t slots, batch, heads, headdim, d_state, groups, width;
   std::int64_t row_stride, conv_slot_stride, ssm_slot_stride;
+  bool A_is_log;  // A holds log(-A)
   DType dtype, state_dtype;
   DType conv_weight_dtype, conv_bias_dtype, dt_bias_dtype, D_dtype, norm_weight_dtype;
   double norm_eps;

@@ -63,26 +63,17 @@ __global__ void mamba2_conv_kernel(const Mamba2StepParams p, const int channels)
   p.conv[row * channels + channel] = silu(sum);
 }
 
-// What is common to the rows of one head.
-struct Head {
-  const float* x;  // [P], convolved
-  const float* B;  // [N]
-  const float* C;  // [N]
-  float d, decay;
+// Where the convolution left x, B and C of a head.
+struct Convolved {
+  const float *x, *B, *C;  // [P], [N], [N]
 };
 
-template <typename T>
-__device__ __forceinline__ Head read_head(const Mamba2StepParams& p, std::int64_t row, int head) {
+__device__ __forceinline__ Convolved convolved(const Mamba2StepParams& p, std::int64_t row,
+                                               int head) {
   const std::int64_t group = head / (p.heads / p.groups), N = p.d_state;
-  const std::int64_t channels = p.groups * (p.headdim + N) + p.heads * N;
-  const float* conv = p.conv + row * channels;
-  const float dt = to_float(static_cast<const T*>(
-                       p.zxbcdt)[row * p.row_stride + p.heads * p.headdim + channels + head]) +
-                   parameter<T>(p.dt_bias, p.dt_bias_dtype, head);
-  const float d = dt > 20.f ? dt : log1pf(expf(dt));
+  const float* const conv = p.conv + row * (p.groups * (p.headdim + N) + p.heads * N);
   return {conv + group * p.headdim, conv + p.groups * p.headdim + group * N,
-          conv + p.groups * (p.headdim + N) + head * N, d,
-          expf(d * static_cast<const float*>(p.A)[head])};
+          conv + p.groups * (p.headdim + N) + head * N};
 }
 
 // Advances 16 bytes of a state and returns their part of S C.
@@ -133,12 +124,23 @@ __global__ void __launch_bounds__(256) mamba2_state_kernel(const Mamba2StepParam
     }
   };
   read(0);
+  // All that the convolution does not write: the latency of these hides behind it.
+  const T* const z = static_cast<const T*>(p.zxbcdt) + row * p.row_stride + head * P;
+  const std::int64_t channels = p.groups * (p.headdim + p.d_state) + p.heads * p.d_state;
+  const float dt = to_float(z[p.heads * p.headdim - head * P + channels + head]) +
+                   parameter<T>(p.dt_bias, p.dt_bias_dtype, head);
+  const float a = static_cast<const float*>(p.A)[head], A = p.A_is_log ? -expf(a) : a;
+  const float D = parameter<T>(p.D, p.D_dtype, head);
+  const int own = static_cast<int>(threadIdx.x);  // the output that this thread finishes first
+  const float weight = p.norm_weight != nullptr && own < P
+                           ? parameter<T>(p.norm_weight, p.norm_weight_dtype, head * P + own)
+                           : 1.f;
+  const float gate = own < P ? silu(to_float(z[own])) : 0.f;
+  const float d = dt > 20.f ? dt : log1pf(expf(dt)), decay = expf(d * A);
   sm90::grid_dependency_wait();
   sm90::grid_launch_dependents();
 
-  const Head h = read_head<T>(p, row, head);
-  const float D = parameter<T>(p.D, p.D_dtype, head);
-  const T* const z = static_cast<const T*>(p.zxbcdt) + row * p.row_stride + head * P;
+  const Convolved h = convolved(p, row, head);
   float B[kChunks == 0 ? 1 : kChunks][kVec], C[kChunks == 0 ? 1 : kChunks][kVec];
 #pragma unroll
   for (int j = 0; j < kChunks; ++j)
@@ -149,47 +151,52 @@ __global__ void __launch_bounds__(256) mamba2_state_kernel(const Mamba2StepParam
       *reinterpret_cast<float4*>(&C[j][i]) = *reinterpret_cast<const float4*>(h.C + n);
     }
 
-  float square = 0.f;
   for (int base = 0; base < P; base += pass) {
     if (base > 0) read(base);
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       const int r = base + i * stride + first;
       float dot = 0.f;
-      const float x = r < P ? h.x[r] : 0.f, dx = h.d * x;
+      const float x = r < P ? h.x[r] : 0.f, dx = d * x;
       if constexpr (kChunks > 0) {
 #pragma unroll
         for (int j = 0; j < kChunks; ++j)
           if (r < P) {
-            dot += advance(held[i][j], h.decay, dx, B[j], C[j]);
+            dot += advance(held[i][j], decay, dx, B[j], C[j]);
             *reinterpret_cast<Chunk*>(state + r * N + (j * kLanes + lane) * kVec) = held[i][j];
           }
       } else if (r < P) {
         for (int n = lane; n < N; n += kLanes) {
           Vec<S, 1> one{{state[r * N + n]}};
           const float b[1] = {h.B[n]}, c[1] = {h.C[n]};
-          dot += advance(one, h.decay, dx, b, c);
+          dot += advance(one, decay, dx, b, c);
           state[r * N + n] = one.v[0];
         }
       }
 #pragma unroll
       for (int m = kLanes / 2; m > 0; m /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, m);
-      if (r < P && lane == 0) {
-        const float u = (dot + D * x) * silu(to_float(z[r]));
-        smem[r] = u;
-        square += u * u;
-      }
+      if (r < P && lane == 0) smem[r] = dot + D * x;
     }
   }
+  __syncthreads();
+
+  // Gate and norm, a thread an output; the first of each thread is at hand.
+  const auto gated = [&](int r) { return smem[r] * (r == own ? gate : silu(to_float(z[r]))); };
   float rstd = 1.f;
-  if (p.norm_weight)
+  if (p.norm_weight) {
+    float square = 0.f;
+    for (int r = own; r < P; r += blockDim.x) {
+      const float u = gated(r);
+      square += u * u;
+    }
     rstd = rsqrtf(block_sum(square, smem + P) / static_cast<float>(P) +
                   static_cast<float>(p.norm_eps));
-  __syncthreads();
-  for (int r = threadIdx.x; r < P; r += blockDim.x) {
-    const float w =
-        p.norm_weight ? parameter<T>(p.norm_weight, p.norm_weight_dtype, head * P + r) : 1.f;
-    y[r] = from_float<T>(w * smem[r] * rstd);
+  }
+  for (int r = own; r < P; r += blockDim.x) {
+    float w = weight;
+    if (r != own && p.norm_weight)
+      w = parameter<T>(p.norm_weight, p.norm_weight_dtype, head * P + r);
+    y[r] = from_float<T>(w * gated(r) * rstd);
   }
 }
 

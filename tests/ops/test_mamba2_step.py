@@ -323,6 +323,14 @@ def test_mamba2_step_survives_graph_replay_with_other_slots():
         assert torch.equal(g, w)
 
 
+@pytest.mark.parametrize("op", [ops.mamba2_step, _mamba2_step_composite])
+def test_mamba2_step_takes_the_logarithm_of_the_decay(op, device):
+    args = make(device=device)
+    logs = {**args, "A": torch.log(-args["A"]), "A_is_log": True}
+    for name, got, want in zip(NAMES, run(logs, op), run(args, op), strict=True):
+        assert relative_error(got, want) < 1e-6, name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("d_state", [N, 128])
 def test_mamba2_step_gives_nan_for_a_slot_that_does_not_exist(d_state):

@@ -156,12 +156,13 @@ class Mamba2Mixer(nn.Module):
             weight,
             bias,
             wide(self.dt_bias),
-            self._A(),
+            wide(self.A_log),
             wide(self.D),
             norm_weight,
             self.num_kv_heads,
             state_indices=state_indices,
             norm_eps=self.norm_eps,
+            A_is_log=True,
         )
         return decode_linear(self.out_proj, y[:, None], residual=residual)
 
