@@ -86,8 +86,8 @@ struct ScoreWalk {
   __device__ __forceinline__ void store(const float (&scores)[32], float s0, float s1,
                                         float2 (&t)[2][2], float skip, Decays& d,
                                         std::uint32_t out) {
-    {
-      const bool second = lane / 4 % 2;
+    {  // The diagonal, by d_i itself: exp2(s_i - t_i) loses digits of it where s is large.
+      const bool second = lane / 4 % 2;  // the lane that holds it has an odd row
       float d0 = 0.f, d1 = 0.f;
 #pragma unroll
       for (int n = 0; n < 4; ++n)
