@@ -50,7 +50,7 @@ STABLE_TORCH_LIBRARY(zebra, m) {
   m.def(
       "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor conv_weight,"
       " Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor D, Tensor? norm_weight, int n_groups,"
-      " Tensor? state_indices=None, float norm_eps=1e-05) -> Tensor");
+      " Tensor? state_indices=None, float norm_eps=1e-05, bool A_is_log=False) -> Tensor");
 
   // q = W_qb W_qa x, [c | k_rope] = W_kva x, rope parts rotated; latent = [c | k_rope]
   m.def(

@@ -221,7 +221,7 @@ struct StateWalk {
     return (z.slot == 0 ? a.cfg.zy_slots : z.slot) - 1;
   }
 
-  // The state before the item: the sequence's initial state and the segments before this one.
+  // The state before the piece: the sequence's initial state and what was walked up to here.
   __device__ __forceinline__ void start(const Pieces<false>& item, int head, float (&h)[kRegs]) {
     const SsdScanParams& p = a.p;
     if (p.initial_state != nullptr && head < p.heads) {
@@ -230,28 +230,40 @@ struct StateWalk {
 #pragma unroll
       for (int i = 0; i < kRegs; ++i) h[i] = 0.f;
     }
+    if (item.grain == 0) return;
+    const int width = a.cfg.width, cuts = a.cfg.state_cuts_shift;
+    if (a.table == nullptr) {  // the shares that end between the sequence's begin and this piece's
+      const int bundle = item.head / (width * kHeads);
+      const int line = bundle * static_cast<int>(p.sequences) + item.sequence;
+      const int from = line * a.cfg.state_line, to = from + (item.grain << a.cfg.grain_shift);
+      int v = ssd_scan_state_unit(a.cfg, from);
+      for (; ssd_scan_state_cut(a.cfg, v + 1) <= to; ++v) fold(v * width + item.member(), h);
+      if (ssd_scan_state_cut(a.cfg, v) < to)
+        fold((a.cfg.state_units + item.unit()) * width + item.member(), h);
+      return;
+    }
     // Of the units before this one: those that the sequence comes from, the first of them first.
-    int from = item.unit;
+    int from = item.unit();
     for (int left = item.grain; left > 0;) {
       const int end = place_of(a, from).at;
       left -= end - place_of(a, --from).at;
     }
-    for (; from < item.unit; ++from) {
+    for (; from < item.unit(); ++from) {
       const int walked = item.unfinished(place_of(a, from), place_of(a, from + 1));
       const int chunks = walked << a.cfg.grain_shift, per = item.part_chunks(a, walked);
-      for (int cut = 0; cut * per < chunks; ++cut) {
-        const std::int64_t part =
-            ((static_cast<std::int64_t>(from) << a.cfg.state_cuts_shift) + cut) * a.cfg.width +
-            item.member;
-        const float decay = a.decays[part * kHeads + (kHeads == 2 ? unit : 0)];
-        const float4* const local = part_state<kRegs>(a, part, unit);
+      for (int cut = 0; cut * per < chunks; ++cut)
+        fold(((from << cuts) + cut) * width + item.member(), h);
+    }
+  }
+  // What the walk for the states left in a slot, after `h`.
+  __device__ __forceinline__ void fold(std::int64_t slot, float (&h)[kRegs]) {
+    const float decay = a.decays[slot * kHeads + (kHeads == 2 ? unit : 0)];
+    const float4* const local = slot_state<kRegs>(a, slot, unit);
 #pragma unroll
-        for (int i = 0; i < kRegs / 4; ++i) {
-          const float4 v = local[i * 128];
-          h[4 * i] = h[4 * i] * decay + v.x, h[4 * i + 1] = h[4 * i + 1] * decay + v.y;
-          h[4 * i + 2] = h[4 * i + 2] * decay + v.z, h[4 * i + 3] = h[4 * i + 3] * decay + v.w;
-        }
-      }
+    for (int i = 0; i < kRegs / 4; ++i) {
+      const float4 v = local[i * 128];
+      h[4 * i] = h[4 * i] * decay + v.x, h[4 * i + 1] = h[4 * i + 1] * decay + v.y;
+      h[4 * i + 2] = h[4 * i + 2] * decay + v.z, h[4 * i + 3] = h[4 * i + 3] * decay + v.w;
     }
   }
   __device__ __forceinline__ std::int64_t state_at(const Pieces<false>& item, int head) const {

@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <initializer_list>
 #include <utility>
+#include <vector>
 
 #include "common/token_tile.h"
 #include "linear_decode/linear_decode_config.h"
@@ -54,19 +55,63 @@ void rms_norm_tiles_cover_a_row() {
 
 constexpr zebra::SsdMachine kH200 = {132, 4250};
 
-// Unpacked: walks the units as the CTAs do and finds every grain once, in order.
-void ssd_scan_units_cover_the_line(const zebra::SsdScanSm90Config& c, const char* where) {
-  std::int64_t before = 0;
-  bool inside = false;
-  for (std::int64_t u = 1; u <= c.units; ++u) {
-    std::int64_t at = zebra::ssd_scan_cut(c.share, c.more, u);
-    at += zebra::ssd_scan_snap(at % c.grains, c.grains, c.snap);
-    EXPECT(at >= before, "unit %ld of %s", static_cast<long>(u), where);
-    inside = inside || at % c.grains != 0;
-    before = at;
+// Not packed: walks the units as the CTAs do and finds every grain once; walks the shares of the
+// walk for the states, and finds that what every unit folds is what lies before it in its sequence.
+void ssd_scan_units_cover_the_line(const zebra::SsdScanSm90Config& c, std::int64_t lines,
+                                   const char* where) {
+  struct Range {
+    int line, from, to;  // chunks
+  };
+  std::vector<Range> slots(c.cut ? c.state_units + c.units : 0, Range{-1, 0, 0});
+  for (int v = 0; c.cut && v < c.state_units; ++v) {
+    int at = zebra::ssd_scan_state_cut(c, v);
+    const int end = zebra::ssd_scan_state_cut(c, v + 1);
+    EXPECT(end > at, "share %d of %s", v, where);
+    for (int begin = at; at < end;) {
+      const int line = at / c.state_line;
+      if (at == line * c.state_line) begin = at;  // afresh
+      const zebra::SsdNextCut cut = zebra::ssd_scan_next_cut(c, line, at - line * c.state_line);
+      const int next = line * c.state_line + cut.chunk;
+      EXPECT(next > at && cut.chunk <= c.state_line && cut.unit < c.units, "%s", where);
+      if (next <= at) break;
+      at = next < end ? next : end;
+      Range& slot = slots[next < end ? c.state_units + cut.unit : v];
+      EXPECT(slot.line < 0, "a slot is written twice in %s", where);
+      slot = {line, begin - line * c.state_line, at - line * c.state_line};
+    }
+    if (v + 1 == c.state_units) EXPECT(end == c.cut_lines * c.state_line, "%s", where);
   }
-  EXPECT(before == c.line, "%s", where);
-  EXPECT(c.cut || !inside, "%s", where);
+  std::vector<char> seen(lines * c.grains, 0);
+  const auto see = [&](int line, int grain, int size) {
+    EXPECT(size > 0 && line < lines && grain + size <= c.grains, "%s", where);
+    for (int g = grain; g < grain + size && line < lines && g < c.grains; ++g)
+      EXPECT(seen[line * c.grains + g]++ == 0, "line %d, grain %d of %s", line, g, where);
+  };
+  for (int u = 0; u < c.units; ++u) {
+    zebra::SsdRun r = {};
+    for (int i = 0; i < 2; ++i) {
+      if (i == 0 ? c.cut_lines == 0 : c.wholes == 0) continue;
+      r = i == 0 ? zebra::ssd_scan_cut_run(c, u) : zebra::ssd_scan_whole_run(c, u);
+      EXPECT(r.left >= 0 && (r.left == 0 || r.grain < r.stop), "unit %d of %s", u, where);
+      if (r.left > 0 && r.grain > 0) {
+        const int from = r.line * c.state_line, to = from + (r.grain << c.grain_shift);
+        int v = zebra::ssd_scan_state_unit(c, from), known = 0;
+        const auto fold = [&](const Range& slot) {
+          EXPECT(slot.line == r.line && slot.from == known, "unit %d of %s", u, where);
+          known = slot.to;
+        };
+        for (; zebra::ssd_scan_state_cut(c, v + 1) <= to; ++v) fold(slots[v]);
+        if (zebra::ssd_scan_state_cut(c, v) < to) fold(slots[c.state_units + u]);
+        EXPECT(known == to - from, "unit %d of %s", u, where);
+      }
+      for (; r.left > 0; ++r.line, r.grain = 0) {
+        const int size = r.stop - r.grain < r.left ? r.stop - r.grain : r.left;
+        see(r.line, r.grain, size);
+        r.left -= size;
+      }
+    }
+  }
+  for (std::size_t i = 0; i < seen.size(); ++i) EXPECT(seen[i] == 1, "grain %zu of %s", i, where);
 }
 
 void ssd_scan_cuts_cover_every_sequence(const zebra::SsdScanSm90Shape& s, bool invariant) {
@@ -79,13 +124,12 @@ void ssd_scan_cuts_cover_every_sequence(const zebra::SsdScanSm90Shape& s, bool i
   EXPECT(c.state_smem_bytes <= zebra::kSsdSm90SmemBytes && c.state_stages >= 2, "%s", where);
   EXPECT(c.heads * c.head_slots >= s.heads && c.width * c.bundles == c.head_slots, "%s", where);
   EXPECT(c.items == c.units * c.width && c.units >= 1, "%s", where);
-  EXPECT(c.state_items == (c.cut ? c.items << c.state_cuts_shift : 0), "%s", where);
-  EXPECT(c.share * c.units + c.more == c.line, "%s", where);
+  EXPECT(c.state_slots >= c.state_items && (c.state_items > 0) == c.cut, "%s", where);
   // A bundle holds whole groups of heads that read the same x and B.
   const std::int64_t group = s.heads / (s.x_heads > s.b_heads ? s.x_heads : s.b_heads);
   const std::int64_t slots = group % c.heads == 0 ? group / c.heads : 1;
   EXPECT(c.width == 1 || c.width % slots == 0 || slots > 16, "%s", where);
-  if (s.sequences == 0) ssd_scan_units_cover_the_line(c, where);
+  if (s.sequences == 0) ssd_scan_units_cover_the_line(c, s.rows * c.bundles, where);
   if (s.sequences > 0 && !c.cut) EXPECT(c.units == c.bundles * s.sequences, "%s", where);
   if (invariant && c.cut) EXPECT(1 << c.grain_shift == 2048 / zebra::kSsdChunk, "%s", where);
 }
