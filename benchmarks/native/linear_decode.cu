@@ -3,6 +3,7 @@
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_launch.h"
 #include "linear_decode_problem.h"
+#include "linear_project.h"
 
 namespace zebra::native {
 namespace {
@@ -210,6 +211,9 @@ int check() {
                      {kHopper, kHopperL2, kHopperLate}, 1);
   tally.section("norms");
 
+  check_projections(tally, arena);
+  tally.section("projections");
+
   for (const long M : {8, 32, 64, 128})
     for (const int cluster : {1, 2})
       for (const int boxes : {1, 2, 4, 8})
@@ -330,6 +334,7 @@ int time() {
       {{1, 64}, 128256, 4096, false, false},
       {{1, 64}, 128256, 4096, false, true},
   };
+  time_projections(bench, arena, pool, kPoolBytes);
   for (const Shape& s : shapes)
     for (const long rows : s.rows)
       time_shape(bench, arena, pool, rows, s.outputs, s.K, s.swiglu, s.fused);

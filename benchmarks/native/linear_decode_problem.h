@@ -145,19 +145,20 @@ std::string find_errors(const Problem<T>& problem, const std::vector<T>& got) {
   const long outputs = problem.p.outputs, count = problem.p.rows * outputs;
   const std::vector<double>& want = problem.expected;
   double scale = 0;
-  for (const double v : want) scale += v * v;
+  for (const double v : want) scale += std::isnan(v) ? 0 : v * v;
   scale = std::max(scale, 0.25 * static_cast<double>(count));
   const double rms = std::sqrt(scale / static_cast<double>(count));
   const auto value = [&](long i) {
     return static_cast<double>(static_cast<float>(got[kGuard + i]));
   };
   const auto is_bad = [&](long i) {
+    if (std::isnan(want[i])) return !std::isnan(value(i));
     return !(std::fabs(value(i) - want[i]) <= most_one * (std::fabs(want[i]) + rms));
   };
   double squares = 0;
   long bad = 0, nans = 0, guards = 0, first = -1;
   for (long i = 0; i < count; ++i) {
-    const double error = value(i) - want[i];
+    const double error = std::isnan(want[i]) ? 0 : value(i) - want[i];
     if (std::isnan(error))
       ++nans;
     else

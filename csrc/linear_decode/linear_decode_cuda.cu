@@ -1,5 +1,5 @@
-// linear_decode for every GPU from sm_80 on: mma.sync, ldmatrix, cp.async; and the choice of
-// kernel.
+// linear_decode for every GPU from sm_80 on: mma.sync, ldmatrix, cp.async; the choice of kernel;
+// and what follows products that ATen made.
 //
 // Computes       y of linear_decode.h for 16-bit dtypes and at most 128 rows of x (tokens).
 // Grid           64 outputs x up to 32 tokens a CTA (linear_decode_config.h).
@@ -210,7 +210,56 @@ Status with_tokens(const LinearDecodeParams& p, CUstream_st* stream) {
   return c.tokens == 16 ? with_form<T, 16>(p, c, stream) : with_form<T, 32>(p, c, stream);
 }
 
+// ---- bias, activation, residual of products in memory: a thread a vector
+
+template <typename T, int kVec>
+__global__ void __launch_bounds__(256) linear_decode_epilogue_kernel(const LinearDecodeEnds e) {
+  const LinearDecodeParams& p = e.p;
+  const std::int64_t of_row = p.outputs / kVec;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= p.rows * of_row) return;
+  const std::int64_t row = i / of_row, n = i % of_row * kVec;
+  const auto add = [](const void* from, std::int64_t at, float (&to)[kVec]) {
+    float v[kVec];
+    load_vec<T, kVec>(static_cast<const T*>(from) + at, v);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) to[j] += v[j];
+  };
+  float y[kVec] = {}, up[kVec] = {};
+  const std::int64_t at = row * (p.swiglu ? 2 : 1) * p.outputs + n;
+  add(e.products, at, y);
+  if (p.bias != nullptr) add(p.bias, n, y);
+  if (p.swiglu) {
+    add(e.products, at + p.outputs, up);
+    if (p.bias != nullptr) add(p.bias, p.outputs + n, up);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) y[j] *= sigmoidf(y[j]) * up[j];
+  }
+  if (p.residual != nullptr) add(p.residual, row * p.residual_stride + n, y);
+  store_vec<T, kVec>(static_cast<T*>(p.y) + row * p.outputs + n, y);
+}
+
+template <typename T, int kVec>
+Status start_epilogue(const LinearDecodeEnds& e, CUstream_st* stream) {
+  const std::int64_t blocks = ceil_div<std::int64_t>(e.p.rows * (e.p.outputs / kVec), 256);
+  if (blocks >= std::int64_t{1} << 31) return {"at most 2^39 outputs"};
+  linear_decode_epilogue_kernel<T, kVec><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(e);
+  return launch_status();
+}
+
+template <typename T>
+Status epilogue(const LinearDecodeEnds& e, CUstream_st* stream) {
+  return rows_aligned<T>(e.p.outputs, {e.products, e.p.bias, e.p.residual, e.p.y},
+                         {e.p.residual_stride})
+             ? start_epilogue<T, 16 / sizeof(T)>(e, stream)
+             : start_epilogue<T, 1>(e, stream);
+}
+
 }  // namespace
+
+Status linear_decode_epilogue_cuda(const LinearDecodeEnds& e, CUstream_st* stream) {
+  ZEBRA_DISPATCH_CUDA(e.p.dtype, epilogue, e, stream);
+}
 
 Status linear_decode_portable(const LinearDecodeParams& p, CUstream_st* stream) {
   return p.dtype == DType::kBFloat16 ? with_tokens<__nv_bfloat16>(p, stream)
@@ -221,6 +270,11 @@ Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream) {
   if (p.rows > kLinearCudaRows) return {"at most 128 rows of x"};
   return takes_sm90() && linear_decode_sm90_takes(p) ? linear_decode_sm90(p, stream)
                                                      : linear_decode_portable(p, stream);
+}
+
+bool linear_project_cuda_takes(const LinearDecodeParams& p, const LinearProjection& also) {
+  return p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows && takes_sm90() &&
+         linear_project_sm90_takes(p, also);
 }
 
 bool linear_decode_cuda_needs_h(const LinearDecodeParams& p) {

@@ -17,7 +17,7 @@
 // Slices         where a share has at most 16 or 32 rows, the 64 rows of a product are those of 4
 //                or 2 pieces of K: a quarter or half of the products, of which the diagonal is
 //                summed.
-// Norm           of at most 8 rows of x, every CTA makes h = norm(x) in its shared memory while its
+// Norm           of at most 4 rows of x, every CTA makes h = norm(x) in its shared memory while its
 //                ring fills; of more, a launch before this one (linear_decode_sm90_norm.cuh).
 // Swiglu         the first warpgroup multiplies gate rows, the second the same outputs' up rows.
 //                One tensor map has both, of one weight or of two: how far they lie apart is the
@@ -33,13 +33,13 @@
 //                memory before the preceding kernels have ended: in a graph they must not write it.
 //                Otherwise it is requested into L2, where any write to it is seen.  Dependents
 //                start as soon as W is requested, or when the last copy is issued.
-// Registers      at most 80 a thread up to 64 tokens, so that two CTAs fit; 127 with 128.
+// Registers      at most 80 a thread up to 64 tokens, so that two CTAs fit; 128 with 128.
 // Alignment      rows of x and W, and norm_weight, to 16 bytes; other calls take the portable
 //                kernel (linear_decode_cuda.cu).
 // Bound          HBM: W once.  Through L2 x is read once a CTA (tokens / unit of W's bytes).
 // Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
 //                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 0.3 us more
-//                with at most 8 rows of x, 1.6 us with more.
+//                with at most 4 rows of x, 1.6 us with more.
 // Measured       not yet.
 #include "linear_decode/linear_decode_sm90_launch.h"
 
@@ -141,9 +141,17 @@ Status encode_maps(LinearArgs& args) {
   const TmaDim both = {halves, p.swiglu ? linear_parts_distance(p) / 2 : outputs * step, halves};
   const TmaDim tokens = {static_cast<std::uint64_t>(p.rows), pitch(p.rows, p.x_stride),
                          static_cast<std::uint32_t>(c.tokens)};
-  const Status s = args.whole
-                       ? encode_tensor_map(&args.weight, bf16, weight, {along, rows, both, blocks})
-                       : encode_tensor_map(&args.weight, bf16, weight, {single, rows, both});
+  const auto encode = [&](CUtensorMap* map, const void* from, const TmaDim& dim,
+                          const TmaDim& parts) {
+    return args.whole ? encode_tensor_map(map, bf16, from, {along, dim, parts, blocks})
+                      : encode_tensor_map(map, bf16, from, {single, dim, parts});
+  };
+  Status s = encode(&args.weight, weight, rows, both);
+  if (s.error == nullptr && c.projects && args.also.outputs > 0) {
+    const auto others = static_cast<std::uint64_t>(args.also.outputs);
+    const std::uint64_t far = pitch(args.also.outputs, args.also.weight_stride);
+    s = encode(&args.second, args.also.weight, {others, far, rows.box}, {1, others * far, 1});
+  }
   if (s.error != nullptr || args.cfg.norms) return s;  // x is not copied as it is
   return args.whole ? encode_tensor_map(&args.x, bf16, p.x, {along, tokens, blocks})
                     : encode_tensor_map(&args.x, bf16, p.x, {single, tokens});
@@ -189,12 +197,16 @@ Status with_norm(LinearArgs& args, cudaStream_t stream) {
 }  // namespace
 
 Status linear_decode_launch(const LinearDecodeParams& p, Early early,
-                            const LinearDecodeSm90Tuning& tuning, cudaStream_t stream) {
+                            const LinearDecodeSm90Tuning& tuning, cudaStream_t stream,
+                            const LinearProjection* also) {
   LinearArgs args = {};
   args.p = p;
   args.early = early;
-  args.cfg = select_linear_decode_sm90_config(
-      {p.rows, p.outputs, p.K, p.swiglu, p.norm_weight != nullptr}, multiprocessors(), tuning);
+  if (also != nullptr) args.also = *also;
+  args.cfg =
+      select_linear_decode_sm90_config({p.rows, p.outputs, p.K, p.swiglu, p.norm_weight != nullptr,
+                                        also != nullptr, args.also.outputs},
+                                       multiprocessors(), tuning);
   if (!linear_ring_turns(args.cfg)) return {"the ring does not fit in shared memory"};
   args.whole = p.K % kLinearBox == 0;
   return p.dtype == DType::kBFloat16 ? with_norm<__nv_bfloat16>(args, stream)
@@ -222,12 +234,35 @@ bool linear_decode_sm90_takes(const LinearDecodeParams& p) {
          p.outputs < kMost;
 }
 
-Status linear_decode_sm90(const LinearDecodeParams& p, cudaStream_t stream) {
+bool linear_project_sm90_takes(const LinearDecodeParams& p, const LinearProjection& also) {
+  LinearDecodeParams second = p;
+  second.weight = also.weight, second.weight_stride = also.weight_stride;
+  second.outputs = also.outputs;
+  const bool pairs = (p.outputs | also.outputs | also.head | also.rope.E) % 2 == 0;
+  const bool stored =
+      also.cache == nullptr || (reinterpret_cast<std::uintptr_t>(also.cache) % 4 == 0 &&
+                                also.page_stride % 2 == 0 && also.row_stride % 2 == 0);
+  return !p.swiglu && p.bias == nullptr && p.residual == nullptr && pairs && stored &&
+         linear_decode_sm90_takes(p) && (also.outputs == 0 || linear_decode_sm90_takes(second));
+}
+
+namespace {
+
+sm90::Early early_on(cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(stream, &capture);
-  const bool captured = capture == cudaStreamCaptureStatusActive;
-  return sm90::linear_decode_launch(p, captured ? sm90::Early::kIntoShared : sm90::Early::kIntoL2,
-                                    {}, stream);
+  return capture == cudaStreamCaptureStatusActive ? sm90::Early::kIntoShared : sm90::Early::kIntoL2;
+}
+
+}  // namespace
+
+Status linear_decode_sm90(const LinearDecodeParams& p, cudaStream_t stream) {
+  return sm90::linear_decode_launch(p, early_on(stream), {}, stream);
+}
+
+Status linear_project_sm90(const LinearDecodeParams& p, const LinearProjection& also,
+                           cudaStream_t stream) {
+  return sm90::linear_decode_launch(p, early_on(stream), {}, stream, &also);
 }
 
 }  // namespace zebra

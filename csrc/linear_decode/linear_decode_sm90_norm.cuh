@@ -1,6 +1,6 @@
 // The norm before linear_decode on Hopper: h = x gain / sqrt(mean(x^2) + eps), rounded once.
 //
-// Of at most 8 rows, every CTA of the products makes all of h for itself, in its shared memory,
+// Of at most 4 rows, every CTA of the products makes all of h for itself, in its shared memory,
 // while its ring fills: nothing is launched before it, and the products start a few hundred clocks
 // after x could have been there.
 //

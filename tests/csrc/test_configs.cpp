@@ -1,6 +1,7 @@
 // Tile configurations are pure functions: check their promises over many problems, without CUDA.
 #include <cstdio>
 #include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "common/token_tile.h"
@@ -203,11 +204,22 @@ void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s
   const zebra::LinearDecodeSm90Config c = zebra::select_linear_decode_sm90_config(s, sms);
   const auto N = static_cast<long>(s.outputs), K = static_cast<long>(s.K);
   const auto rows = static_cast<long>(s.rows);
-#define EXPECT_HERE(condition) EXPECT(condition, "%ld rows, N %ld, K %ld, %d SMs", rows, N, K, sms)
+  const auto other = static_cast<long>(s.second_outputs);
+#define EXPECT_HERE(condition) \
+  EXPECT(condition, "%ld rows, N %ld + %ld, K %ld, %d SMs", rows, N, other, K, sms)
   EXPECT_HERE(c.tokens >= s.rows && (c.tokens == 8 || c.tokens < 2 * s.rows));
   EXPECT_HERE(c.unit >= 8 && c.unit <= (s.swiglu ? 64 : 128) && c.unit <= 64 * c.row_tiles);
-  const std::int64_t covered = std::int64_t{c.clusters} * c.units * c.unit;
-  EXPECT_HERE(covered >= s.outputs && covered - std::int64_t{c.units} * c.unit < s.outputs);
+  const auto cover = [&](std::int64_t units, std::int64_t outputs) {
+    return units * c.unit >= outputs && (units - 1) * c.unit < outputs;
+  };
+  EXPECT_HERE(cover(c.first_units, s.outputs));
+  EXPECT_HERE(cover(c.all_units - c.first_units, s.second_outputs));
+  EXPECT_HERE(c.clusters * c.units >= c.all_units && (c.clusters - 1) * c.units < c.all_units);
+  EXPECT_HERE(c.projects == s.projects && (!s.projects || c.unit % 2 == 0));
+  EXPECT_HERE(!s.projects ||
+              (c.tokens_offset % 16 == 0 &&
+               c.tokens_offset >= c.gain_offset + (c.norms ? 4 * K : 0) &&
+               c.tokens_offset + zebra::kLinearTokenBytes * c.tokens <= c.smem_bytes));
   EXPECT_HERE(c.clusters * c.cluster <= (sms < c.cluster ? c.cluster : sms));
   EXPECT_HERE(std::int64_t{c.steps} * c.boxes * 64 >= s.K &&
               std::int64_t{c.steps - 1} * c.boxes * 64 < s.K);
@@ -239,8 +251,8 @@ void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s
                            c.gain_offset - c.h_offset >= c.steps * c.boxes * c.x_box &&
                            c.gain_offset + 4 * K <= c.smem_bytes));
   // How sums are split must not depend on the GPU.
-  const zebra::LinearDecodeSm90Config other = zebra::select_linear_decode_sm90_config(s, 78);
-  EXPECT_HERE(c.cluster == other.cluster && c.slices == other.slices);
+  const zebra::LinearDecodeSm90Config elsewhere = zebra::select_linear_decode_sm90_config(s, 78);
+  EXPECT_HERE(c.cluster == elsewhere.cluster && c.slices == elsewhere.slices);
   EXPECT_HERE(c.boxes % c.slices == 0 && (c.slices == 1 || c.slices * c.weight_box <= 8192));
   // Enough of the weight on its way, where there is that much.
   const int wanted = c.stages * c.boxes * c.unit * 128 * (s.swiglu ? 2 : 1);
@@ -255,14 +267,28 @@ void linear_decode_tiles_fit() {
       for (const std::int64_t K : {1, 64, 72, 1000, 2048, 4096, 14336})
         for (std::int64_t N = 1; N < 300000; N += N < 300 ? 1 : N / 7)
           for (const bool swiglu : {false, true})
-            for (const bool norm : {false, true})
+            for (const bool norm : {false, true}) {
               linear_decode_units_cover_the_outputs({rows, N, K, swiglu, norm}, sms);
+              if (swiglu || N > 30000) continue;
+              for (const std::int64_t second : {0, 2, 224, 576})
+                linear_decode_units_cover_the_outputs({rows, N, K, false, norm, true, second}, sms);
+            }
   // The shapes of decoding on an H200: the share of the busiest multiprocessor is near the mean.
   for (const std::int64_t N : {2048, 2208, 3264, 4096, 4320, 10272, 14336, 128256}) {
     const zebra::LinearDecodeSm90Config c =
         zebra::select_linear_decode_sm90_config({8, N, 4096, false}, 132);
     EXPECT(132.0 * c.units * c.unit < 1.05 * static_cast<double>(N), "N %ld", static_cast<long>(N));
   }
+  for (const auto& [N, second] : {std::pair{2048, 160}, {3072, 192}, {4096, 224}}) {
+    const zebra::LinearDecodeSm90Config c =
+        zebra::select_linear_decode_sm90_config({1, N, N, false, true, true, second}, 132);
+    EXPECT(c.units == 1 && 132.0 * c.unit < 1.08 * (N + second), "N %d", N);
+  }
+  static_assert(!zebra::linear_is_for_aten(64, 14336, false) &&
+                zebra::linear_is_for_aten(65, 64, false) &&
+                !zebra::linear_is_for_aten(32, 128256, false) &&
+                zebra::linear_is_for_aten(33, 128256, false) &&
+                !zebra::linear_is_for_aten(128, 128256, true));
   for (const std::int64_t rows : {1, 8, 9, 16, 17, 128}) {
     const zebra::LinearDecodeConfig c = zebra::select_linear_decode_config(rows, 1000, true);
     EXPECT(c.tokens * c.ctas_tokens >= rows && c.ctas_outputs * zebra::kLinearTileRows >= 1000 &&

@@ -80,7 +80,8 @@ def mla_project(rand):
 
 def mla_project_append(rand):
     slots = torch.arange(B * T).view(B, T)
-    return {**mla_project(rand), "cache": rand(5, 3, R + E), "slot_mapping": slots}
+    cache, gain = rand(5, 3, R + E), rand(K)
+    return {**mla_project(rand), "cache": cache, "slot_mapping": slots, "input_norm_weight": gain}
 
 
 def mla_attention(rand):

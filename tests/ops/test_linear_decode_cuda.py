@@ -191,11 +191,19 @@ def test_linear_decode_sees_a_weight_written_just_before():
 
 
 @gpu
-@pytest.mark.parametrize(("rows", "dtype"), [(3, torch.float32), (129, torch.bfloat16)])
-def test_linear_decode_hands_the_rest_to_the_composite(rows, dtype):
-    args = cuda(rows, 70, 96, dtype)
-    want = torch.ops.zebra._linear_decode_composite(*args, 1e-5)
-    assert torch.equal(ops.linear_decode(*args), want)
+@pytest.mark.parametrize("kept", ["nb-", "nbr", "n-r", "---", "-br"])
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize(("rows", "outputs"), [(3, 70), (65, 70), (129, 70), (300, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_linear_decode_leaves_many_rows_and_float32_to_aten(dtype, rows, outputs, swiglu, kept):
+    args = cuda(rows, outputs, 96, dtype, swiglu)
+    for i, letter in enumerate(kept):
+        args[2 + i] = args[2 + i] if letter != "-" else None
+    check(args)
+    if swiglu:
+        weight = args[1]
+        apart = ops.linear_decode(args[0], weight[:outputs], *args[2:], up_weight=weight[outputs:])
+        assert_close(apart, ops.linear_decode(*args), ops.linear_decode(*args), 2, "apart")
 
 
 def config(**problem):
@@ -216,7 +224,7 @@ def test_linear_decode_shares_the_weight_evenly(outputs, rows):
 
 
 def test_linear_decode_norms_few_rows_itself():
-    for rows, K, own in ((1, 2048, True), (8, 4096, True), (9, 4096, False), (1, 8192, False)):
+    for rows, K, own in ((1, 2048, True), (4, 4096, True), (5, 4096, False), (1, 8192, False)):
         c = config(rows=rows, outputs=4096, K=K, norm=True)
         assert c["norms"] is own and not config(rows=rows, outputs=4096, K=K)["norms"]
         assert c["stages"] * c["stage_bytes"] >= 64 * 1024

@@ -54,10 +54,11 @@ def linear_decode(
         On the CPU up to 4 rows of bfloat16, 8 of float16 or 16 of other dtypes, everything is in
         fp32 (fp64 for fp64) with one rounding of y, and a row of y does not depend on the other
         rows.  Up to 64 rows of bfloat16 on the matrix unit of a CPU (AMX), h is rounded to bfloat16
-        and the products are not.  On CUDA, up to 128 rows of bfloat16 or float16, h is rounded to
-        x's dtype on Hopper; below, norm_weight times x is (float16: it may not overflow) and the
-        root mean square divides the sums.  Sums are fp32 and y is rounded once.  Elsewhere the
-        matrix product is ATen's: h and the products are rounded to x's dtype.  Deterministic.
+        and the products are not.  On CUDA, up to 64 rows of bfloat16 or float16 (128 for "swiglu",
+        32 from N = 32768 on without it), h is rounded to x's dtype on Hopper; below, norm_weight
+        times x is (float16: it may not overflow) and the root mean square divides the sums.  Sums
+        are fp32 and y is rounded once.  Elsewhere the matrix product is ATen's: h and the products
+        are rounded to x's dtype, then y is.  Deterministic.
 
     In a CUDA graph the kernel reads its weights (weight, up_weight, norm_weight) ahead of the
     kernels launched before it, so nothing in the graph may write them; outside of graphs any order
@@ -129,7 +130,7 @@ def _check(
         check.contiguous("bias", bias)
 
 
-@composite("linear_decode", beside_kernel="_linear_decode_composite")
+@composite("linear_decode")
 def _linear_decode_composite(
     x: Tensor,
     weight: Tensor,
