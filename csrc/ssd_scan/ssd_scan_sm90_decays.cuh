@@ -183,7 +183,7 @@ __device__ __forceinline__ void decay_walk(const SsdArgs& a, int warp, int warps
     mbarrier_wait(shared_at(Smem<kHeads>::kDecayEmpty) + slot, number / kSsdDecaySlots & 1 ^ 1);
     compute_decays<T, kHeads>(decays_of<kHeads, DecaysOf<kStatesOnly>>(shared_at(0), number), step,
                               rate);
-    arrive_warp(shared_at(Smem<kHeads>::kDecayFull) + slot);
+    mbarrier_arrive_warp(shared_at(Smem<kHeads>::kDecayFull) + slot);
     number += warps;
   }
 }

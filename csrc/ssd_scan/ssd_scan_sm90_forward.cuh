@@ -148,7 +148,7 @@ __device__ __forceinline__ void norm_walk(const SsdArgs& a) {
         *reinterpret_cast<float2*>(rstd + k * kQ) = {rsqrtf(first * (1.f / kP) + eps),
                                                      rsqrtf(second * (1.f / kP) + eps)};
       }
-      arrive_warp(shared_at(S::kRstdFull));
+      mbarrier_arrive_warp(shared_at(S::kRstdFull));
     }
   }
 }
@@ -187,7 +187,7 @@ struct StateWalk {
       *reinterpret_cast<float2*>(out + 8 * j) = {(upper ? y0 : x0) + other0,
                                                  (upper ? y1 : x1) + other1};
     }
-    arrive_warp(base + S::kSquaresFull, lane);
+    mbarrier_arrive_warp(base + S::kSquaresFull, lane);
   }
 
   // The norm of the chunk before (where there is one to do) and its rounding.
@@ -214,7 +214,7 @@ struct StateWalk {
   // but at once where z of the next chunk waits for the slot.
   __device__ __forceinline__ void publish() {
     fence_async_proxy();
-    arrive_warp(base + S::kYFull + 8 * y_slot(), lane);
+    mbarrier_arrive_warp(base + S::kYFull + 8 * y_slot(), lane);
   }
   // Where the output of the chunk before goes: to its z.
   __device__ __forceinline__ int y_slot() const {
@@ -353,7 +353,7 @@ struct StateWalk {
         gate[2 * k] = v.x, gate[2 * k + 1] = v.y;
       }
       wgmma_wait<1>(next);
-      arrive_warp(base + S::kPmEmpty + 8 * pm, lane);
+      mbarrier_arrive_warp(base + S::kPmEmpty + 8 * pm, lane);
 #pragma unroll
       for (int k = 0; k < 16; ++k) {
         const float2 v = unpack<T>(x[k / 4][k % 4]);
@@ -362,11 +362,11 @@ struct StateWalk {
         Y[2 * k + 1] = fmaf(own.y, v.y, next[2 * k + 1]);
         if (p.z != nullptr) Y[2 * k] *= gate[2 * k], Y[2 * k + 1] *= gate[2 * k + 1];
       }
-      arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
+      mbarrier_arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
       if (p.norm_weight != nullptr) share_squares(Y);
       ++number;
       wgmma_wait<0>(h);
-      arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
+      mbarrier_arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
       r.advance(cfg.stages);
       z.advance(cfg.zy_slots);
     }
@@ -401,13 +401,16 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   constexpr int kHeads = 128 / kP;
   using S = Smem<kHeads>;
   if (threadIdx.x == 0) {
-    init_barriers(S::kFull, a.cfg.stages, 1), init_barriers(S::kEmpty, a.cfg.stages, 12);
-    init_barriers(S::kDecayFull, kSsdDecaySlots, 1);
-    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 12);
+    init_barriers(S::kFull, a.cfg.stages, 1),
+        init_barriers(S::kEmpty, a.cfg.stages, 12 * kWarpArrivals);
+    init_barriers(S::kDecayFull, kSsdDecaySlots, kWarpArrivals);
+    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 12 * kWarpArrivals);
     init_barriers(S::kZyFull, a.cfg.zy_slots, 1);
-    init_barriers(S::kYFull, a.cfg.zy_slots, 8);
-    init_barriers(S::kPmFull, kSsdPmSlots, 4), init_barriers(S::kPmEmpty, kSsdPmSlots, 8);
-    init_barriers(S::kSquaresFull, 1, 8), init_barriers(S::kRstdFull, 1, 1);
+    init_barriers(S::kYFull, a.cfg.zy_slots, 8 * kWarpArrivals);
+    init_barriers(S::kPmFull, kSsdPmSlots, 4 * kWarpArrivals);
+    init_barriers(S::kPmEmpty, kSsdPmSlots, 8 * kWarpArrivals);
+    init_barriers(S::kSquaresFull, 1, 8 * kWarpArrivals);
+    init_barriers(S::kRstdFull, 1, kWarpArrivals);
     mbarrier_init_fence();
   }
   __syncthreads();

@@ -65,7 +65,7 @@ struct ScoreWalk {
       if (valid < kQ) clear_tail(valid, r.slot);
       fence_async_proxy();
       __syncwarp();
-      if (lane == 0) {
+      if (kWarpArrivals == 32 || lane == 0) {
         mbarrier_arrive(base + S::kPmFull + 8 * pm);
         mbarrier_arrive(base + S::kEmpty + 8 * r.slot);
         mbarrier_arrive(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots));

@@ -103,7 +103,7 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
   };
   // A product is done, its tiles are free.
   const auto release = [&] {
-    arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
+    mbarrier_arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
     r.advance(cfg.state_stages);
   };
   Scaled first, second;
@@ -139,7 +139,7 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
     } else {
       wgmma_wait<0>(h);  // it still reads what the next step scales
     }
-    arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
+    mbarrier_arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
     ++number;
     last = chunk.flags & StateChunk::kLast;
     if (!last) {
@@ -164,9 +164,10 @@ __global__ void __launch_bounds__(kStatesThreads, 1)
   constexpr int kHeads = 128 / kP;
   using S = Smem<kHeads>;
   if (threadIdx.x == 0) {
-    init_barriers(S::kFull, a.cfg.state_stages, 1), init_barriers(S::kEmpty, a.cfg.state_stages, 8);
-    init_barriers(S::kDecayFull, kSsdDecaySlots, 1);
-    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 8);
+    init_barriers(S::kFull, a.cfg.state_stages, 1),
+        init_barriers(S::kEmpty, a.cfg.state_stages, 8 * kWarpArrivals);
+    init_barriers(S::kDecayFull, kSsdDecaySlots, kWarpArrivals);
+    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 8 * kWarpArrivals);
     mbarrier_init_fence();
   }
   __syncthreads();

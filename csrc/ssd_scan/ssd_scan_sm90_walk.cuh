@@ -66,12 +66,6 @@ __device__ __forceinline__ V keep(V v) {
   return __shfl_xor_sync(~0u, v, 0);
 }
 
-// One lane arrives for its warp, after all lanes are done.
-__device__ __forceinline__ void arrive_warp(std::uint32_t bar, int lane = threadIdx.x % 32) {
-  __syncwarp();
-  if (lane == 0) mbarrier_arrive(bar);
-}
-
 // Decays of one head in one chunk, in log2 units: s_i the inclusive sum of A d, restarted.
 struct Decays {
   float s[kQ];      // s_i; the scores leave the factor of x_i in y_i here: (C_i . B_i) d_i + D
