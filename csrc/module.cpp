@@ -54,18 +54,19 @@ py::dict linear_decode_config(std::int64_t rows, std::int64_t outputs, bool swig
 }
 
 py::dict linear_decode_sm90_config(std::int64_t rows, std::int64_t outputs, std::int64_t K,
-                                   bool swiglu, int sms) {
+                                   bool swiglu, int sms, bool norm) {
   if (rows < 1 || rows > zebra::kLinearMostTokens || outputs < 1 || K < 1)
     throw py::value_error("zebra: linear_decode has CUDA tiles for 1 to 128 rows");
   const zebra::LinearDecodeSm90Config c =
-      zebra::select_linear_decode_sm90_config({rows, outputs, K, swiglu}, sms);
+      zebra::select_linear_decode_sm90_config({rows, outputs, K, swiglu, norm}, sms);
   return py::dict(py::arg("tokens") = c.tokens, py::arg("row_tiles") = c.row_tiles,
                   py::arg("cluster") = c.cluster, py::arg("slices") = c.slices,
                   py::arg("unit") = c.unit, py::arg("units") = c.units,
                   py::arg("clusters") = c.clusters, py::arg("box_rows") = c.box_rows,
                   py::arg("boxes") = c.boxes, py::arg("steps") = c.steps,
-                  py::arg("starts_next_first") = c.starts_next_first, py::arg("stages") = c.stages,
-                  py::arg("stage_bytes") = c.stage_bytes, py::arg("smem_bytes") = c.smem_bytes);
+                  py::arg("norms") = c.norms, py::arg("starts_next_first") = c.starts_next_first,
+                  py::arg("stages") = c.stages, py::arg("stage_bytes") = c.stage_bytes,
+                  py::arg("smem_bytes") = c.smem_bytes);
 }
 
 py::dict ssd_scan_config(std::int64_t sequences, std::int64_t heads, int head_dim, int state_dim) {
@@ -147,7 +148,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("_linear_decode_config", &linear_decode_config, py::arg("rows"), py::arg("outputs"),
         py::arg("swiglu") = false);
   m.def("_linear_decode_sm90_config", &linear_decode_sm90_config, py::arg("rows"),
-        py::arg("outputs"), py::arg("K"), py::arg("swiglu") = false, py::arg("sms") = 132);
+        py::arg("outputs"), py::arg("K"), py::arg("swiglu") = false, py::arg("sms") = 132,
+        py::arg("norm") = false);
   m.def("_ssd_scan_config", &ssd_scan_config, py::arg("sequences"), py::arg("heads"),
         py::arg("head_dim"), py::arg("state_dim"));
   m.def("_ssd_scan_sm90_config", &ssd_scan_sm90_config, py::arg("batch"), py::arg("tokens"),

@@ -50,7 +50,7 @@ STABLE_TORCH_LIBRARY(zebra, m) {
   m.def(
       "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor conv_weight,"
       " Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor D, Tensor? norm_weight, int n_groups,"
-      " Tensor? state_indices=None, float norm_eps=1e-05) -> Tensor");
+      " Tensor? state_indices=None, float norm_eps=1e-05, bool A_is_log=False) -> Tensor");
 
   // q = W_qb W_qa x, [c | k_rope] = W_kva x, rope parts rotated; latent = [c | k_rope]
   m.def(
@@ -67,7 +67,8 @@ STABLE_TORCH_LIBRARY(zebra, m) {
       "mla_project_append(Tensor hidden, Tensor? q_a_weight, Tensor q_b_weight, Tensor kv_a_weight,"
       " Tensor cos, Tensor sin, Tensor positions, int num_heads, Tensor(a!) cache,"
       " Tensor slot_mapping, Tensor? q_a_norm_weight=None, Tensor? kv_a_norm_weight=None,"
-      " float norm_eps=1e-06) -> (Tensor q, Tensor latent)");
+      " float norm_eps=1e-06, Tensor? input_norm_weight=None, float input_norm_eps=1e-05)"
+      " -> (Tensor q, Tensor latent)");
 
   // o = softmax(scale q [k_nope | k_rope]^T) v, grouped heads, for training and prefill
   m.def(
@@ -101,12 +102,8 @@ STABLE_TORCH_LIBRARY(zebra, m) {
   // y = act(W norm(x) + b) + residual for few rows of x
   m.def(
       "linear_decode(Tensor x, Tensor weight, Tensor? norm_weight=None, Tensor? bias=None,"
-      " Tensor? residual=None, str activation='none', float norm_eps=1e-05) -> Tensor");
-  // For the CUDA registration of linear_decode: what its kernels do not take
-  m.def(
-      "_linear_decode_composite(Tensor x, Tensor weight, Tensor? norm_weight=None,"
-      " Tensor? bias=None, Tensor? residual=None, str activation='none', float norm_eps=1e-05)"
-      " -> Tensor");
+      " Tensor? residual=None, str activation='none', float norm_eps=1e-05,"
+      " Tensor? up_weight=None) -> Tensor");
 
   // KL(teacher || student) of every token from hidden states and output weights
   m.def(

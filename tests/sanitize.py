@@ -82,7 +82,7 @@ def mla_project() -> None:
         def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
 
-        for batch, tokens in ((1, 1), (2, 67)):
+        for batch, tokens in ((1, 1), (1, 9), (2, 67)):
             x, table = randn(batch, tokens, 16), randn(70, E // 2, dtype=torch.float32).detach()
             args = [x, randn(Rq, 16), randn(H * (nope + E), Rq), randn(R + E, 16), table, table]
             positions = torch.arange(tokens, device="cuda").expand(batch, -1)

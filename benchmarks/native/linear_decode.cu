@@ -1,9 +1,9 @@
 // Checks and times linear_decode's CUDA kernels without torch: see README.md.
-#include <cmath>
-
 #include "driver.h"
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_launch.h"
+#include "linear_decode_problem.h"
+#include "linear_project.h"
 
 namespace zebra::native {
 namespace {
@@ -12,24 +12,6 @@ using sm90::Early;
 using Tuning = LinearDecodeSm90Tuning;
 
 Tally tally;
-
-struct Case {
-  long rows, outputs, K;
-  bool swiglu;
-  int norm;  // 0: none; 1: a weight of x's dtype; 2: of fp32
-  bool bias, residual, bf16;
-  long weight_pad, x_pad;  // elements between rows
-};
-
-std::string describe(const Case& c, const char* route) {
-  char text[256];
-  std::snprintf(text, sizeof(text),
-                "%s, %ld rows, N %ld, K %ld, swiglu %d, norm %d, bias %d, residual %d, %s, pads of "
-                "W %ld, x %ld",
-                route, c.rows, c.outputs, c.K, c.swiglu, c.norm, c.bias, c.residual,
-                c.bf16 ? "bf16" : "fp16", c.weight_pad, c.x_pad);
-  return text;
-}
 
 // Which kernel, and what a measurement may fix.
 struct Route {
@@ -44,8 +26,8 @@ const Route kHopperLate{"Hopper, W not early", false, Early::kNothing, {}};
 const Route kPortable{"portable", true, Early::kNothing, {}};
 
 LinearDecodeSm90Config config_of(const LinearDecodeParams& p, const Tuning& tuning) {
-  return select_linear_decode_sm90_config({p.rows, p.outputs, p.K, p.swiglu}, multiprocessors(),
-                                          tuning);
+  return select_linear_decode_sm90_config(
+      {p.rows, p.outputs, p.K, p.swiglu, p.norm_weight != nullptr}, multiprocessors(), tuning);
 }
 bool takes(const LinearDecodeParams& p, const Route& r) {
   return r.portable || (linear_decode_sm90_takes(p) && linear_ring_turns(config_of(p, r.tuning)));
@@ -63,172 +45,6 @@ void print_config(const LinearDecodeSm90Config& c) {
 }
 
 // ---- check
-
-// A warp an output, in fp64.
-template <typename T>
-__global__ void expected_kernel(LinearDecodeParams p, double* y) {
-  const long n = blockIdx.x, m = blockIdx.y;
-  const T* const x = static_cast<const T*>(p.x) + m * p.x_stride;
-  const T* const w = static_cast<const T*>(p.weight) + n * p.weight_stride;
-  const T* const up = w + p.outputs * p.weight_stride;
-  double squares = 0, sum = 0, up_sum = 0;
-  for (long k = threadIdx.x; k < p.K; k += 32) {
-    const double v = to_float(x[k]);
-    double gain = 1;
-    if (p.norm_weight != nullptr)
-      gain = p.norm_weight_dtype == DType::kFloat32
-                 ? static_cast<const float*>(p.norm_weight)[k]
-                 : to_float(static_cast<const T*>(p.norm_weight)[k]);
-    squares += v * v;
-    sum += gain * v * to_float(w[k]);
-    if (p.swiglu) up_sum += gain * v * to_float(up[k]);
-  }
-  for (int lane = 16; lane > 0; lane /= 2) {
-    squares += __shfl_xor_sync(~0u, squares, lane);
-    sum += __shfl_xor_sync(~0u, sum, lane);
-    up_sum += __shfl_xor_sync(~0u, up_sum, lane);
-  }
-  if (threadIdx.x != 0) return;
-  const double scale =
-      p.norm_weight == nullptr ? 1 : 1 / sqrt(squares / static_cast<double>(p.K) + p.norm_eps);
-  sum *= scale, up_sum *= scale;
-  if (p.bias != nullptr) {
-    sum += to_float(static_cast<const T*>(p.bias)[n]);
-    if (p.swiglu) up_sum += to_float(static_cast<const T*>(p.bias)[p.outputs + n]);
-  }
-  if (p.swiglu) sum = sum / (1 + exp(-sum)) * up_sum;
-  if (p.residual != nullptr)
-    sum += to_float(static_cast<const T*>(p.residual)[m * p.residual_stride + n]);
-  y[m * p.outputs + n] = sum;
-}
-
-constexpr long kGuard = 512;  // elements before and after y that must stay as they are
-
-template <typename T>
-struct Problem {
-  LinearDecodeParams p;
-  T* guarded;  // y with its guards
-  std::size_t guarded_size;
-  std::vector<double> expected;
-};
-
-template <typename T>
-Problem<T> make_problem(Arena& arena, const Case& c) {
-  arena.release(0);
-  const long weight_rows = c.swiglu ? 2 * c.outputs : c.outputs;
-  Problem<T> made = {};
-  LinearDecodeParams& p = made.p;
-  p.rows = c.rows, p.outputs = c.outputs, p.K = c.K, p.swiglu = c.swiglu, p.norm_eps = 1e-5;
-  p.x_stride = c.K + c.x_pad, p.weight_stride = c.K + c.weight_pad, p.residual_stride = c.outputs;
-  p.dtype = c.bf16 ? DType::kBFloat16 : DType::kFloat16;
-  p.norm_weight_dtype = c.norm == 2 ? DType::kFloat32 : p.dtype;
-  const auto seed = static_cast<unsigned>(c.rows * 7 + c.outputs * 13 + c.K);
-
-  T* const weight = arena.take<T>(weight_rows * p.weight_stride);
-  fill(weight, weight_rows, c.K, p.weight_stride, 1.f / std::sqrt(static_cast<float>(c.K)), 0.f,
-       seed);
-  p.weight = weight;
-  T* const x = arena.take<T>(c.rows * p.x_stride);
-  fill(x, c.rows, c.K, p.x_stride, 1.f, 0.f, seed + 1);
-  p.x = x;
-  if (c.bias) {
-    T* const bias = arena.take<T>(weight_rows);
-    fill(bias, 1, weight_rows, weight_rows, 1.f, 0.f, seed + 2);
-    p.bias = bias;
-  }
-  if (c.residual) {
-    T* const residual = arena.take<T>(c.rows * c.outputs);
-    fill(residual, c.rows, c.outputs, c.outputs, 1.f, 0.f, seed + 3);
-    p.residual = residual;
-  }
-  if (c.norm == 1) {
-    T* const gain = arena.take<T>(c.K);
-    fill(gain, 1, c.K, c.K, 0.1f, 1.f, seed + 4);
-    p.norm_weight = gain;
-  } else if (c.norm == 2) {
-    float* const gain = arena.take<float>(c.K);
-    fill(gain, 1, c.K, c.K, 0.1f, 1.f, seed + 4);
-    p.norm_weight = gain;
-  }
-  p.h = arena.take<T>(c.rows * c.K);
-  made.guarded_size = c.rows * c.outputs + 2 * kGuard;
-  made.guarded = arena.take<T>(made.guarded_size);
-  p.y = made.guarded + kGuard;
-
-  double* const expected = arena.take<double>(c.rows * c.outputs);
-  expected_kernel<T>
-      <<<dim3(static_cast<unsigned>(c.outputs), static_cast<unsigned>(c.rows)), 32>>>(p, expected);
-  CUDA_OK(cudaGetLastError());
-  made.expected = to_host(expected, c.rows * c.outputs);
-  return made;
-}
-
-// Empty: y is right.  Otherwise what is wrong, and where.
-template <typename T>
-std::string find_errors(const Problem<T>& problem, const std::vector<T>& got) {
-  const bool bf16 = problem.p.dtype == DType::kBFloat16;
-  // Of the root mean square of y, and of one element: rounding of norm(x), of y, and the sums.
-  const double most_rms = bf16 ? 8e-3 : 1.2e-3, most_one = bf16 ? 0.04 : 0.006;
-  const long outputs = problem.p.outputs, count = problem.p.rows * outputs;
-  const std::vector<double>& want = problem.expected;
-  double scale = 0;
-  for (const double v : want) scale += v * v;
-  scale = std::max(scale, 0.25 * static_cast<double>(count));
-  const double rms = std::sqrt(scale / static_cast<double>(count));
-  const auto value = [&](long i) {
-    return static_cast<double>(static_cast<float>(got[kGuard + i]));
-  };
-  const auto is_bad = [&](long i) {
-    return !(std::fabs(value(i) - want[i]) <= most_one * (std::fabs(want[i]) + rms));
-  };
-  double squares = 0;
-  long bad = 0, nans = 0, guards = 0, first = -1;
-  for (long i = 0; i < count; ++i) {
-    const double error = value(i) - want[i];
-    if (std::isnan(error))
-      ++nans;
-    else
-      squares += error * error;
-    if (!is_bad(i)) continue;
-    if (bad++ == 0) first = i;
-  }
-  for (long i = 0; i < kGuard; ++i)
-    for (const long at : {i, kGuard + count + i}) {
-      std::uint16_t bits;
-      std::memcpy(&bits, &got[at], 2);
-      guards += bits != 0xffff;
-    }
-  const double error = std::sqrt(squares / scale);
-  if (bad == 0 && error < most_rms && guards == 0) return "";
-
-  char text[256];
-  std::snprintf(text, sizeof(text),
-                "relative error %.2e (at most %.1e), %ld bad of %ld, %ld NaN, %ld elements written "
-                "outside\n",
-                error, most_rms, bad, count, nans, guards);
-  std::string report = text;
-  if (bad == 0) return report;
-  std::snprintf(text, sizeof(text),
-                "  first bad [token %ld, output %ld]; got / expected from there:", first / outputs,
-                first % outputs);
-  report += text;
-  for (long i = first; i < std::min(first + 6, count); ++i) {
-    std::snprintf(text, sizeof(text), " %g / %g", value(i), want[i]);
-    report += text;
-  }
-  report += "\n  bad outputs of that token:";
-  const long from = first / outputs * outputs;
-  int shown = 0;
-  for (long n = 0; n < outputs && shown < 24; ++n)
-    if (is_bad(from + n)) report += " " + std::to_string(n), ++shown;
-  report += "\n  bad by token:";
-  for (long m = 0; m < problem.p.rows; ++m) {
-    long of_token = 0;
-    for (long n = 0; n < outputs; ++n) of_token += is_bad(m * outputs + n);
-    if (of_token > 0) report += " " + std::to_string(m) + ":" + std::to_string(of_token);
-  }
-  return report + "\n";
-}
 
 // Every route `repeats` times: right, and to the bit the same each time.
 template <typename T>
@@ -268,6 +84,9 @@ void check_case(Arena& arena, const Case& c, const std::vector<Route>& routes, i
 // y_i = norm-linear(y_{i-1}) + y_{i-1} in a graph with programmatic edges, where a launch starts
 // while the ones before it run, against the same launches one by one.
 void check_chain(Arena& arena, long rows, long dim, int layers, bool swiglu, const Route& route) {
+  if (!linear_ring_turns(select_linear_decode_sm90_config({rows, dim, dim, swiglu, true},
+                                                          multiprocessors(), route.tuning)))
+    return;
   using T = __nv_bfloat16;
   char name[160];
   std::snprintf(name, sizeof(name),
@@ -289,6 +108,7 @@ void check_chain(Arena& arena, long rows, long dim, int layers, bool swiglu, con
     LinearDecodeParams p = {};
     p.x = p.residual = y + i * size, p.y = y + (i + 1) * size, p.h = h;
     p.weight = weight + i * weight_rows * dim;
+    p.up_weight = swiglu ? weight + (i * weight_rows + dim) * dim : nullptr;
     p.norm_weight = i % 3 == 2 ? nullptr : gain;  // launches with and without a norm before them
     p.rows = rows, p.outputs = p.K = p.x_stride = p.weight_stride = p.residual_stride = dim;
     p.dtype = p.norm_weight_dtype = DType::kBFloat16, p.swiglu = swiglu, p.norm_eps = 1e-5;
@@ -365,6 +185,35 @@ int check() {
         }
   tally.section("fusions");
 
+  for (const long M : {1, 3, 8, 9, 16, 32, 64, 128})
+    for (const auto& [N, K] : {std::pair{8l, 64l}, {131l, 1000l}, {1500l, 520l}, {9000l, 264l}})
+      for (const int up : {1, 2})
+        check_case(
+            arena,
+            {M, N, K, true, static_cast<int>(M % 3), M % 2 == 1, up == 1, K != 520, up * 8, 8, up},
+            {kHopper, kHopperL2, kPortable}, 2);
+  tally.section("gate and up apart");
+
+  // Rows that CTAs normalise themselves: all counts, ends of K that fill no box, several units.
+  for (const long M : {1, 2, 3, 4, 5, 6, 7, 8})
+    for (const auto& [N, K] : {std::pair{8l, 8l},
+                               {40l, 72l},
+                               {2048l, 2048l},
+                               {3072l, 3072l},
+                               {300l, 4096l},
+                               {5000l, 6136l},
+                               {500l, 6152l},
+                               {20000l, 520l}})
+      for (const int norm : {1, 2})
+        for (const bool swiglu : {false, true})
+          check_case(arena,
+                     {M, N, K, swiglu, norm, false, M % 2 == 0, M % 4 < 2, 8, M % 3 * 8, swiglu},
+                     {kHopper, kHopperL2, kHopperLate}, 1);
+  tally.section("norms");
+
+  check_projections(tally, arena);
+  tally.section("projections");
+
   for (const long M : {8, 32, 64, 128})
     for (const int cluster : {1, 2})
       for (const int boxes : {1, 2, 4, 8})
@@ -391,7 +240,7 @@ int check() {
 
   constexpr int kHalf = kLinearHalfSmemBytes, kWhole = kLinearWholeSmemBytes;
   for (Route r : {kHopperLate, kHopperL2, kHopper})
-    for (const long M : {1, 16, 32, 64, 128}) {
+    for (const long M : {1, 8, 16, 32, 64, 128}) {
       check_chain(arena, M, 4096, 12, false, r);
       check_chain(arena, M, 2048, 24, false, r);
       check_chain(arena, M, 1024, 24, true, r);
@@ -412,11 +261,12 @@ constexpr std::size_t kPoolBytes = std::size_t{8} << 30;
 // Layers with weights of their own, one after another in a graph: what decoding does, and what
 // keeps the L2 cold.  The time of one of them.
 void time_shape(const Bench& bench, Arena& arena, char* pool, long rows, long outputs, long K,
-                bool swiglu, bool fused) {
+                bool swiglu, bool fused, const Tuning& tuning = {}) {
   using T = __nv_bfloat16;
   char name[96];
-  std::snprintf(name, sizeof(name), "%3ld rows, N %6ld, K %5ld%s%s", rows, outputs, K,
-                swiglu ? ", swiglu" : "", fused ? ", norm" : "");
+  std::snprintf(name, sizeof(name), "%3ld rows, N %6ld, K %5ld%s%s%s", rows, outputs, K,
+                swiglu ? ", swiglu" : "", fused ? ", norm" : "",
+                tuning.smem_bytes != 0 ? ", tuned" : "");
   current_case = name;
   const std::size_t mark = arena.mark();
   const std::size_t weight_bytes = static_cast<std::size_t>(swiglu ? 2 : 1) * outputs * K * 2;
@@ -439,9 +289,10 @@ void time_shape(const Bench& bench, Arena& arena, char* pool, long rows, long ou
       const bool back = chained && i % 2 == 1;
       p.x = back ? y : x, p.y = back ? x : y;
       p.weight = pool + i * weight_bytes;
+      p.up_weight = swiglu ? pool + i * weight_bytes + weight_bytes / 2 : nullptr;
       p.norm_weight = fused ? gain + i * K : nullptr;
       p.residual = fused && outputs == K ? p.x : nullptr;
-      launch(p, kHopper, bench.stream);
+      launch(p, {"Hopper", false, Early::kIntoShared, tuning}, bench.stream);
     }
   });
   const double read_us = graph_us(
@@ -450,7 +301,7 @@ void time_shape(const Bench& bench, Arena& arena, char* pool, long rows, long ou
         for (int i = 0; i < layers; ++i) bench.read(pool + i * weight_bytes, weight_bytes);
       });
   bench.print_row(name, static_cast<double>(weight_bytes), read_us / layers, us / layers);
-  print_config(config_of(p, {}));
+  print_config(config_of(p, tuning));
   arena.release(mark);
 }
 
@@ -469,18 +320,27 @@ int time() {
   };
   const Shape shapes[] = {
       {{1, 16, 32, 64, 128}, 4096, 4096, false, false},
-      {{1, 16, 64, 128}, 4096, 4096, false, true},
+      {{1, 4, 8, 9, 16, 48, 64, 128}, 4096, 4096, false, true},
       {{1, 16, 32, 64}, 2048, 2048, false, false},
-      {{1, 16}, 2048, 2048, false, true},
-      {{1, 16, 64}, 4320, 4096, false, true},
+      {{1, 8, 16, 64}, 2048, 2048, false, true},
+      {{1, 48}, 4320, 4096, false, false},
+      {{1, 16, 48, 64}, 4320, 4096, false, true},
+      {{1, 48}, 10272, 4096, false, false},
+      {{1, 48}, 10272, 4096, false, true},
       {{1, 16, 64, 128}, 14336, 4096, false, false},
-      {{1, 64}, 14336, 4096, true, true},
+      {{1, 48}, 14336, 4096, true, false},
+      {{1, 48, 64}, 14336, 4096, true, true},
       {{1, 64}, 4096, 14336, false, false},
       {{1, 64}, 128256, 4096, false, false},
+      {{1, 64}, 128256, 4096, false, true},
   };
+  time_projections(bench, arena, pool, kPoolBytes);
   for (const Shape& s : shapes)
     for (const long rows : s.rows)
       time_shape(bench, arena, pool, rows, s.outputs, s.K, s.swiglu, s.fused);
+  // Whether the launch of a norm finds room beside the products: with 24 KB more of it.
+  for (const long rows : {16, 48, 128})
+    time_shape(bench, arena, pool, rows, 4096, 4096, false, true, {0, 0, 204800, -1});
   return 0;
 }
 

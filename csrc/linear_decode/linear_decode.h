@@ -6,6 +6,7 @@
 
 #include "common/cpu/isa.h"
 #include "common/dtype.h"
+#include "common/rope.h"
 #include "common/status.h"
 
 struct CUstream_st;
@@ -14,7 +15,8 @@ namespace zebra {
 
 struct LinearDecodeParams {
   const void* x;            // [rows, K], row stride x_stride
-  const void* weight;       // [outputs, K], row stride weight_stride; swiglu: [2 outputs, K]
+  const void* weight;       // [outputs, K], row stride weight_stride; swiglu: the gate rows
+  const void* up_weight;    // swiglu: the up rows, like weight
   const void* norm_weight;  // [K] of norm_weight_dtype, or nullptr: no norm
   const void* bias;         // [outputs] ([2 outputs]) or nullptr
   const void* residual;     // [rows, outputs], row stride residual_stride, or nullptr
@@ -22,7 +24,7 @@ struct LinearDecodeParams {
   std::int64_t rows, outputs, K;
   std::int64_t x_stride, weight_stride, residual_stride;
   DType dtype, norm_weight_dtype;
-  bool swiglu;  // y = silu(gate) up: the first and the last `outputs` rows of W and of b
+  bool swiglu;  // y = silu(gate) up; of b the first and the last `outputs`
   double norm_eps;
   bool use_amx = false;  // CPU: multiply in bf16 on the matrix unit
   void* h = nullptr;     // CUDA: workspace [rows, K] where linear_decode_cuda_needs_h()
@@ -36,14 +38,36 @@ struct LinearDecodeEnds {
   const void* products;
 };
 
+// For latent attention: both products of a norm(x) in one launch, their rotary parts turned, and
+// the second one's rows stored in a paged cache as well.
+struct LinearProjection {
+  const void* weight;    // the second: [outputs, K], row stride weight_stride
+  void* y;               // [rows, outputs] contiguous
+  std::int64_t outputs;  // 0: there is no second weight
+  std::int64_t weight_stride;
+  RopeTable rope;                    // of the last E outputs of the second weight
+  std::int64_t head;                 // and of every `head` of the first one's; 0: of none
+  void* cache;                       // [pages, page, outputs], or nullptr
+  const std::int64_t* slot_mapping;  // [rows]: page index * page + offset, negative: not stored
+  std::int64_t pages, page, page_stride, row_stride;
+};
+
 // On CUDA: 16-bit dtypes and at most kLinearCudaRows rows.
 constexpr std::int64_t kLinearCudaRows = 128;
 Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream);
 bool linear_decode_cuda_needs_h(const LinearDecodeParams& p);  // norm(x) goes through memory
+// What follows products that ATen made, of any rows and dtype.
+Status linear_decode_epilogue_cuda(const LinearDecodeEnds& e, CUstream_st* stream);
 Status linear_decode_portable(const LinearDecodeParams& p, CUstream_st* stream);  // sm_80 and later
 // The Hopper kernel moves x, W and norm_weight in units of 16 bytes.
 bool linear_decode_sm90_takes(const LinearDecodeParams& p);
 Status linear_decode_sm90(const LinearDecodeParams& p, CUstream_st* stream);
+// The same kernel with a projection; p without activation, bias and residual.  A position outside
+// the tables gives NaN, a slot outside the cache is not stored.
+bool linear_project_cuda_takes(const LinearDecodeParams& p, const LinearProjection& also);
+bool linear_project_sm90_takes(const LinearDecodeParams& p, const LinearProjection& also);
+Status linear_project_sm90(const LinearDecodeParams& p, const LinearProjection& also,
+                           CUstream_st* stream);
 
 }  // namespace zebra
 

@@ -138,7 +138,9 @@ void forward(const LinearDecodeParams& p) {
   const std::int64_t h_stride = round_up<std::int64_t>(p.K, kLanes<A>);
   A* const h = new A[p.rows * h_stride];
   normalize<T>(p, h, h_stride);
-  const T* weight = static_cast<const T*>(p.weight);
+  const auto *const weight = static_cast<const T*>(p.weight), *const up_weight =
+                                                                  static_cast<const T*>(
+                                                                      p.up_weight);
   parallel_for(ceil_div(p.outputs, kBlock), 1, [&](std::int64_t begin, std::int64_t end) {
     A* const product = new A[(2 * p.rows + 1) * kBlock];
     A *const up = product + p.rows * kBlock, *const other = up + p.rows * kBlock;
@@ -148,8 +150,8 @@ void forward(const LinearDecodeParams& p) {
       all_rows<8>(weight + first * p.weight_stride, p.weight_stride, n, h, h_stride, p.rows, p.K,
                   product, kBlock);
       if (p.swiglu)
-        all_rows<8>(weight + (p.outputs + first) * p.weight_stride, p.weight_stride, n, h, h_stride,
-                    p.rows, p.K, up, kBlock);
+        all_rows<8>(up_weight + first * p.weight_stride, p.weight_stride, n, h, h_stride, p.rows,
+                    p.K, up, kBlock);
       for (std::int64_t j = 0; j < p.rows; ++j)
         finish<T>(p, j, first, n, product + j * kBlock, up + j * kBlock, other);
     }
@@ -177,7 +179,8 @@ void forward_amx(const LinearDecodeParams& p) {
       amx_pack_tile(rows, p.K, pairs + i * amx_packed_size(16, p.K));
     }
   });
-  const auto* const weight = static_cast<const BFloat16*>(p.weight);
+  const auto *const weight = static_cast<const BFloat16*>(p.weight),
+                    *const up_weight = static_cast<const BFloat16*>(p.up_weight);
   parallel_for(ceil_div(p.outputs, kBlock), 1, [&](std::int64_t begin, std::int64_t end) {
     const AmxScope amx;
     Aligned<float> tiles(padded * kBlock), product(padded * kBlock), up(padded * kBlock);
@@ -186,15 +189,15 @@ void forward_amx(const LinearDecodeParams& p) {
     for (std::int64_t block = begin; block < end; ++block) {
       const std::int64_t first = block * kBlock, left = p.outputs - first;
       const std::int64_t n = left < kBlock ? left : kBlock;
-      const auto multiply = [&](std::int64_t from, float* out) {
-        amx_weight_product(weight + from * p.weight_stride, p.weight_stride, n, p.K, pairs, p.rows,
+      const auto multiply = [&](const BFloat16* from, float* out) {
+        amx_weight_product(from + first * p.weight_stride, p.weight_stride, n, p.K, pairs, p.rows,
                            tiles, 16, kBlock * 16, scratch);
         for (std::int64_t j = 0; j < p.rows; ++j)
           for (std::int64_t i = 0; i < n; ++i)
             out[j * kBlock + i] = tiles[j / 16 * kBlock * 16 + i * 16 + j % 16];
       };
-      multiply(first, product);
-      if (p.swiglu) multiply(p.outputs + first, up);
+      multiply(weight, product);
+      if (p.swiglu) multiply(up_weight, up);
       for (std::int64_t j = 0; j < p.rows; ++j)
         finish<BFloat16>(p, j, first, n, product + j * kBlock, up + j * kBlock, other);
     }

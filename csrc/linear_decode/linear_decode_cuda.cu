@@ -1,5 +1,5 @@
-// linear_decode for every GPU from sm_80 on: mma.sync, ldmatrix, cp.async; and the choice of
-// kernel.
+// linear_decode for every GPU from sm_80 on: mma.sync, ldmatrix, cp.async; the choice of kernel;
+// and what follows products that ATen made.
 //
 // Computes       y of linear_decode.h for 16-bit dtypes and at most 128 rows of x (tokens).
 // Grid           64 outputs x up to 32 tokens a CTA (linear_decode_config.h).
@@ -17,6 +17,7 @@
 #include "common/cuda/vec.cuh"
 #include "linear_decode/linear_decode.h"
 #include "linear_decode/linear_decode_config.h"
+#include "linear_decode/linear_decode_sm90_config.h"
 
 namespace zebra {
 namespace {
@@ -56,14 +57,15 @@ struct LinearTile {
   }
   __device__ __forceinline__ void load(int stage, std::int64_t k0) const {
     const T* const w = static_cast<const T*>(p.weight);
+    const T* const up = static_cast<const T*>(p.up_weight);
     const T* const x = static_cast<const T*>(p.x);
     const int unit = thread % 8 * 8;
     for (int row = thread / 8; row < kRows; row += kThreads / 8) {
       const bool is_x = row >= kParts * kLinearTileRows;
       const std::int64_t at = is_x ? first_token + row - kParts * kLinearTileRows
                                    : first_output + row % kLinearTileRows;
-      const std::int64_t skip = row >= kLinearTileRows ? p.outputs : 0;  // the up rows
-      const T* const from = is_x ? x + at * p.x_stride : w + (skip + at) * p.weight_stride;
+      const T* const part = row < kLinearTileRows ? w : up;
+      const T* const from = is_x ? x + at * p.x_stride : part + at * p.weight_stride;
       load_unit(row_of(stage, row) + unit, from, k0 + unit, at < (is_x ? p.rows : p.outputs));
     }
     cp_async_commit();
@@ -191,8 +193,8 @@ Status start(const LinearDecodeParams& p, const LinearDecodeConfig& c, CUstream_
 
 template <typename T, int kTokens>
 Status with_form(const LinearDecodeParams& p, const LinearDecodeConfig& c, CUstream_st* stream) {
-  const bool aligned =
-      rows_aligned<T>(p.K, {p.x, p.weight}, {p.rows == 1 ? 0 : p.x_stride, p.weight_stride});
+  const bool aligned = rows_aligned<T>(p.K, {p.x, p.weight, p.up_weight},
+                                       {p.rows == 1 ? 0 : p.x_stride, p.weight_stride});
   if (p.swiglu)
     return aligned ? start<T, kTokens, true, true>(p, c, stream)
                    : start<T, kTokens, true, false>(p, c, stream);
@@ -208,7 +210,56 @@ Status with_tokens(const LinearDecodeParams& p, CUstream_st* stream) {
   return c.tokens == 16 ? with_form<T, 16>(p, c, stream) : with_form<T, 32>(p, c, stream);
 }
 
+// ---- bias, activation, residual of products in memory: a thread a vector
+
+template <typename T, int kVec>
+__global__ void __launch_bounds__(256) linear_decode_epilogue_kernel(const LinearDecodeEnds e) {
+  const LinearDecodeParams& p = e.p;
+  const std::int64_t of_row = p.outputs / kVec;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= p.rows * of_row) return;
+  const std::int64_t row = i / of_row, n = i % of_row * kVec;
+  const auto add = [](const void* from, std::int64_t at, float (&to)[kVec]) {
+    float v[kVec];
+    load_vec<T, kVec>(static_cast<const T*>(from) + at, v);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) to[j] += v[j];
+  };
+  float y[kVec] = {}, up[kVec] = {};
+  const std::int64_t at = row * (p.swiglu ? 2 : 1) * p.outputs + n;
+  add(e.products, at, y);
+  if (p.bias != nullptr) add(p.bias, n, y);
+  if (p.swiglu) {
+    add(e.products, at + p.outputs, up);
+    if (p.bias != nullptr) add(p.bias, p.outputs + n, up);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) y[j] *= sigmoidf(y[j]) * up[j];
+  }
+  if (p.residual != nullptr) add(p.residual, row * p.residual_stride + n, y);
+  store_vec<T, kVec>(static_cast<T*>(p.y) + row * p.outputs + n, y);
+}
+
+template <typename T, int kVec>
+Status start_epilogue(const LinearDecodeEnds& e, CUstream_st* stream) {
+  const std::int64_t blocks = ceil_div<std::int64_t>(e.p.rows * (e.p.outputs / kVec), 256);
+  if (blocks >= std::int64_t{1} << 31) return {"at most 2^39 outputs"};
+  linear_decode_epilogue_kernel<T, kVec><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(e);
+  return launch_status();
+}
+
+template <typename T>
+Status epilogue(const LinearDecodeEnds& e, CUstream_st* stream) {
+  return rows_aligned<T>(e.p.outputs, {e.products, e.p.bias, e.p.residual, e.p.y},
+                         {e.p.residual_stride})
+             ? start_epilogue<T, 16 / sizeof(T)>(e, stream)
+             : start_epilogue<T, 1>(e, stream);
+}
+
 }  // namespace
+
+Status linear_decode_epilogue_cuda(const LinearDecodeEnds& e, CUstream_st* stream) {
+  ZEBRA_DISPATCH_CUDA(e.p.dtype, epilogue, e, stream);
+}
 
 Status linear_decode_portable(const LinearDecodeParams& p, CUstream_st* stream) {
   return p.dtype == DType::kBFloat16 ? with_tokens<__nv_bfloat16>(p, stream)
@@ -221,8 +272,14 @@ Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream) {
                                                      : linear_decode_portable(p, stream);
 }
 
+bool linear_project_cuda_takes(const LinearDecodeParams& p, const LinearProjection& also) {
+  return p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows && takes_sm90() &&
+         linear_project_sm90_takes(p, also);
+}
+
 bool linear_decode_cuda_needs_h(const LinearDecodeParams& p) {
-  return p.norm_weight != nullptr && takes_sm90() && linear_decode_sm90_takes(p);
+  return p.norm_weight != nullptr && !linear_norms_itself(p.rows, p.K) && takes_sm90() &&
+         linear_decode_sm90_takes(p);
 }
 
 }  // namespace zebra

@@ -10,32 +10,36 @@
 //                `units` units of outputs in turn (linear_decode_sm90_config.h).  With 64 tokens
 //                and more, and few rows, two CTAs share rows and halve K, so that x is read from L2
 //                half as often; they exchange sums, each finishes half of the tokens.
-// Warps          load (one thread of a warpgroup) | product, 2 warpgroups: 64 rows each where a
-// unit
-//                has more than 64, else every other piece of K.  One warpgroup alone would decide:
-//                products of few tokens take as long to issue as HBM takes to bring their weight.
+// Warps          load (one thread of a warpgroup) | product, 2 warpgroups: 64 rows each where
+//                a unit has more than 64, else every other piece of K.  One warpgroup alone would
+//                decide: products of few tokens take as long to issue as HBM takes to bring their
+//                weight.
 // Slices         where a share has at most 16 or 32 rows, the 64 rows of a product are those of 4
 //                or 2 pieces of K: a quarter or half of the products, of which the diagonal is
 //                summed.
-// Norm           a launch before this one (linear_decode_sm90_norm.cuh).
+// Norm           of at most 4 rows of x, every CTA makes h = norm(x) in its shared memory while its
+//                ring fills; of more, a launch before this one (linear_decode_sm90_norm.cuh).
 // Swiglu         the first warpgroup multiplies gate rows, the second the same outputs' up rows.
+//                One tensor map has both, of one weight or of two: how far they lie apart is the
+//                stride of a dimension.
 // Shared memory  a ring of stages (W 12 KB or more, x), 1 KB of barriers, sums on their way out.
 //                Up to 16 tokens where 64 rows of W are a unit, and for small weights, 112 KB: CTAs
 //                of two launches fit side by side, and the next launch fills its ring while this
 //                one ends.  Else 225 KB.
 // Barriers       full (copies), empty of a stage; the peer's sums, twice.  Every warp that waits
-// for
-//                stages waits for each: a phase that is let pass looks like the one after the next.
+//                for stages waits for each: a phase that is let pass looks like the one after the
+//                next.
 // Launch         with the programmatic attribute.  Under stream capture W is requested into shared
 //                memory before the preceding kernels have ended: in a graph they must not write it.
 //                Otherwise it is requested into L2, where any write to it is seen.  Dependents
 //                start as soon as W is requested, or when the last copy is issued.
-// Registers      at most 80 a thread up to 64 tokens, so that two CTAs fit; 127 with 128.
+// Registers      at most 80 a thread up to 64 tokens, so that two CTAs fit; 128 with 128.
 // Alignment      rows of x and W, and norm_weight, to 16 bytes; other calls take the portable
 //                kernel (linear_decode_cuda.cu).
 // Bound          HBM: W once.  Through L2 x is read once a CTA (tokens / unit of W's bytes).
 // Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
-//                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 1.3 us more.
+//                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 0.3 us more
+//                with at most 4 rows of x, 1.6 us with more.
 // Measured       not yet.
 #include "linear_decode/linear_decode_sm90_launch.h"
 
@@ -46,6 +50,13 @@
 namespace zebra {
 namespace sm90 {
 namespace {
+
+// Bytes between the gate rows and the up rows.
+std::uint64_t linear_parts_distance(const LinearDecodeParams& p) {
+  const auto gate = reinterpret_cast<std::uintptr_t>(p.weight),
+             up = reinterpret_cast<std::uintptr_t>(p.up_weight);
+  return gate < up ? up - gate : gate - up;
+}
 
 int multiprocessors() {
   int device = 0, sms = 132;
@@ -117,20 +128,31 @@ Status encode_maps(LinearArgs& args) {
     return static_cast<std::uint64_t>(rows > 1 ? stride : round_up<std::int64_t>(p.K, 8));
   };
   const std::uint32_t halves = p.swiglu ? 2 : 1;
-  const std::uint64_t step = pitch(p.outputs * halves, p.weight_stride);
+  const std::uint64_t step = pitch(p.outputs, p.weight_stride);
+  // Gate and up rows are two halves of one tensor, wherever they lie, the lower ones first.
+  args.up_first = p.swiglu && p.up_weight < p.weight;
+  const void* const weight = args.up_first ? p.up_weight : p.weight;
   const auto outputs = static_cast<std::uint64_t>(p.outputs);
   const TmaDim single = {static_cast<std::uint64_t>(p.K), 1, kLinearBox};
   const TmaDim along = {kLinearBox, 1, kLinearBox};
   const TmaDim blocks = {static_cast<std::uint64_t>(p.K / kLinearBox), kLinearBox,
                          static_cast<std::uint32_t>(c.boxes)};
   const TmaDim rows = {outputs, step, static_cast<std::uint32_t>(c.box_rows)};
-  const TmaDim both = {halves, outputs * step, halves};
+  const TmaDim both = {halves, p.swiglu ? linear_parts_distance(p) / 2 : outputs * step, halves};
   const TmaDim tokens = {static_cast<std::uint64_t>(p.rows), pitch(p.rows, p.x_stride),
                          static_cast<std::uint32_t>(c.tokens)};
-  const Status s =
-      args.whole ? encode_tensor_map(&args.weight, bf16, p.weight, {along, rows, both, blocks})
-                 : encode_tensor_map(&args.weight, bf16, p.weight, {single, rows, both});
-  if (s.error != nullptr) return s;
+  const auto encode = [&](CUtensorMap* map, const void* from, const TmaDim& dim,
+                          const TmaDim& parts) {
+    return args.whole ? encode_tensor_map(map, bf16, from, {along, dim, parts, blocks})
+                      : encode_tensor_map(map, bf16, from, {single, dim, parts});
+  };
+  Status s = encode(&args.weight, weight, rows, both);
+  if (s.error == nullptr && c.projects && args.also.outputs > 0) {
+    const auto others = static_cast<std::uint64_t>(args.also.outputs);
+    const std::uint64_t far = pitch(args.also.outputs, args.also.weight_stride);
+    s = encode(&args.second, args.also.weight, {others, far, rows.box}, {1, others * far, 1});
+  }
+  if (s.error != nullptr || args.cfg.norms) return s;  // x is not copied as it is
   return args.whole ? encode_tensor_map(&args.x, bf16, p.x, {along, tokens, blocks})
                     : encode_tensor_map(&args.x, bf16, p.x, {single, tokens});
 }
@@ -148,6 +170,7 @@ Status start_norm(const LinearDecodeParams& p, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(p.rows));
   config.blockDim = dim3(kLinearNormThreads);
+  config.dynamicSmemBytes = kLinearNormSmemBytes;
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
@@ -160,7 +183,7 @@ Status start_norm(const LinearDecodeParams& p, cudaStream_t stream) {
 template <typename T>
 Status with_norm(LinearArgs& args, cudaStream_t stream) {
   LinearDecodeParams& p = args.p;
-  if (p.norm_weight != nullptr) {
+  if (p.norm_weight != nullptr && !args.cfg.norms) {
     if (p.h == nullptr) return {"linear_decode on Hopper needs a workspace for the norm"};
     const Status s = p.norm_weight_dtype == DType::kFloat32 ? start_norm<T, float>(p, stream)
                                                             : start_norm<T, T>(p, stream);
@@ -174,12 +197,16 @@ Status with_norm(LinearArgs& args, cudaStream_t stream) {
 }  // namespace
 
 Status linear_decode_launch(const LinearDecodeParams& p, Early early,
-                            const LinearDecodeSm90Tuning& tuning, cudaStream_t stream) {
+                            const LinearDecodeSm90Tuning& tuning, cudaStream_t stream,
+                            const LinearProjection* also) {
   LinearArgs args = {};
   args.p = p;
   args.early = early;
-  args.cfg = select_linear_decode_sm90_config({p.rows, p.outputs, p.K, p.swiglu}, multiprocessors(),
-                                              tuning);
+  if (also != nullptr) args.also = *also;
+  args.cfg =
+      select_linear_decode_sm90_config({p.rows, p.outputs, p.K, p.swiglu, p.norm_weight != nullptr,
+                                        also != nullptr, args.also.outputs},
+                                       multiprocessors(), tuning);
   if (!linear_ring_turns(args.cfg)) return {"the ring does not fit in shared memory"};
   args.whole = p.K % kLinearBox == 0;
   return p.dtype == DType::kBFloat16 ? with_norm<__nv_bfloat16>(args, stream)
@@ -195,19 +222,47 @@ bool linear_decode_sm90_takes(const LinearDecodeParams& p) {
   const auto apart = [&](std::int64_t rows, std::int64_t stride) {
     return rows == 1 || (stride % 8 == 0 && stride >= p.K);
   };
-  constexpr std::int64_t kMost = std::int64_t{1} << 30;  // coordinates are 32-bit
+  constexpr std::int64_t kMost = std::int64_t{1} << 30;   // coordinates are 32-bit
+  constexpr std::uint64_t kFar = std::uint64_t{1} << 40;  // strides of a tensor map are 40-bit
+  if (p.swiglu) {
+    const std::uint64_t distance = sm90::linear_parts_distance(p);
+    if (!aligned(p.up_weight) || distance == 0 || distance >= kFar) return false;
+  }
   return aligned(p.x) && aligned(p.weight) && apart(p.rows, p.x_stride) &&
-         apart(p.swiglu ? 2 : p.outputs, p.weight_stride) &&
+         apart(p.outputs, p.weight_stride) &&
          (p.norm_weight == nullptr || (aligned(p.norm_weight) && p.K % 8 == 0)) && p.K < kMost &&
          p.outputs < kMost;
 }
 
-Status linear_decode_sm90(const LinearDecodeParams& p, cudaStream_t stream) {
+bool linear_project_sm90_takes(const LinearDecodeParams& p, const LinearProjection& also) {
+  LinearDecodeParams second = p;
+  second.weight = also.weight, second.weight_stride = also.weight_stride;
+  second.outputs = also.outputs;
+  const bool pairs = (p.outputs | also.outputs | also.head | also.rope.E) % 2 == 0;
+  const bool stored =
+      also.cache == nullptr || (reinterpret_cast<std::uintptr_t>(also.cache) % 4 == 0 &&
+                                also.page_stride % 2 == 0 && also.row_stride % 2 == 0);
+  return !p.swiglu && p.bias == nullptr && p.residual == nullptr && pairs && stored &&
+         linear_decode_sm90_takes(p) && (also.outputs == 0 || linear_decode_sm90_takes(second));
+}
+
+namespace {
+
+sm90::Early early_on(cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(stream, &capture);
-  const bool captured = capture == cudaStreamCaptureStatusActive;
-  return sm90::linear_decode_launch(p, captured ? sm90::Early::kIntoShared : sm90::Early::kIntoL2,
-                                    {}, stream);
+  return capture == cudaStreamCaptureStatusActive ? sm90::Early::kIntoShared : sm90::Early::kIntoL2;
+}
+
+}  // namespace
+
+Status linear_decode_sm90(const LinearDecodeParams& p, cudaStream_t stream) {
+  return sm90::linear_decode_launch(p, early_on(stream), {}, stream);
+}
+
+Status linear_project_sm90(const LinearDecodeParams& p, const LinearProjection& also,
+                           cudaStream_t stream) {
+  return sm90::linear_decode_launch(p, early_on(stream), {}, stream, &also);
 }
 
 }  // namespace zebra

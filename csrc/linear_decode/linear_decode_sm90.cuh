@@ -6,6 +6,8 @@
 #include "common/cuda/vec.cuh"
 #include "common/sm90/wgmma.cuh"
 #include "linear_decode/linear_decode_sm90_load.cuh"
+#include "linear_decode/linear_decode_sm90_norm.cuh"
+#include "linear_decode/linear_decode_sm90_project.cuh"
 
 namespace zebra::sm90 {
 
@@ -26,6 +28,8 @@ struct LinearProduct {
   static constexpr int kFinishing = 128 * kRowTiles;     // threads that exchange sums
   static constexpr int kStaged = linear_staged_tokens(kTokens, kRowTiles);
   static constexpr int kPitch = linear_staging_pitch(kRowTiles);
+  // Of the staged ones, a warp's tokens and a lane's outputs of each.
+  static constexpr int kOwnTokens = kStaged / kWarps, kOwnOutputs = 2 * kRowTiles;
 
   const LinearArgs& a;
   const LinearWork& work;
@@ -49,7 +53,7 @@ struct LinearProduct {
           if (part == 0) exchange(d, u);
         }
       }
-      finish(d, (work.first_unit + u) * static_cast<std::int64_t>(a.cfg.unit));
+      finish(d, work.first_unit + u);
       if constexpr (kTokens >= 64)
         if (a.cfg.cluster == 2 && part == 0 && u + 1 < work.units) tell_peer(LinearSmem::kPeerFree);
     }
@@ -63,15 +67,18 @@ struct LinearProduct {
   __device__ __forceinline__ void multiply_all(float (&d)[kSize], LinearRing& r) const {
     const LinearDecodeSm90Config& c = a.cfg;
     const int own = c.boxes / (kSlices * kParts);  // groups of boxes in a stage
-    const std::uint32_t w_skip = tile * c.second_offset + part * kSlices * c.weight_box;
-    const std::uint32_t x_skip = c.x_offset + part * kSlices * c.x_box;
+    const std::uint32_t w_skip =
+        (tile ^ a.up_first) * c.second_offset + part * kSlices * c.weight_box;
+    const std::uint32_t x_skip = part * kSlices * c.x_box;
     const std::uint32_t w_step = kParts * kSlices * c.weight_box;
     int last = 0;
     for (int s = 0; s < work.steps; ++s) {
       mbarrier_wait(linear_shared_at(LinearSmem::kFull) + 8 * r.slot, r.phase);
       const std::uint32_t stage = linear_shared_at(LinearSmem::kRing + r.slot * c.stage_bytes);
       const std::uint64_t w = wgmma_descriptor(stage + w_skip, 16);
-      const std::uint64_t x = wgmma_descriptor(stage + x_skip, 16);
+      const std::uint32_t boxes_of_x =
+          c.norms ? linear_shared_at(c.h_offset) + s * c.boxes * c.x_box : stage + c.x_offset;
+      const std::uint64_t x = wgmma_descriptor(boxes_of_x + x_skip, 16);
       if (own == 1)
         multiply<1>(d, w, w_step, x);
       else if (own == 2)
@@ -158,19 +165,35 @@ struct LinearProduct {
 
   // Bias, activation, residual, rounding: through shared memory, so that a warp writes neighbouring
   // outputs of one token.
-  __device__ __forceinline__ void finish(const float (&d)[kSize], std::int64_t first) const {
+  __device__ __forceinline__ void finish(const float (&d)[kSize], int unit) const {
     const LinearDecodeSm90Config& c = a.cfg;
     const LinearDecodeParams& p = a.p;
+    const bool second = unit >= c.first_units;
+    const std::int64_t first =
+        (unit - (second ? c.first_units : 0)) * static_cast<std::int64_t>(c.unit);
     float* const staging = reinterpret_cast<float*>(linear_shared + c.staging_offset);
     const bool has_sums = part == 0 || c.cluster == 1;
     const int row = 64 * tile + 16 * (warp % 4) + lane / 4, column = lane % 4 * 2;
-    const std::int64_t left = p.outputs - first;
+    const std::int64_t left = (second ? a.also.outputs : p.outputs) - first;
     const int outputs = left < c.unit ? static_cast<int>(left) : c.unit;
     const int slice[2] = {slice_of(0), slice_of(1)};
+    if (c.projects) mbarrier_wait(linear_shared_at(LinearSmem::kLookedUp), 0);
+    const LinearTurn<T, kRowTiles> turn(a, second, first, outputs);
+    float read[kOwnTokens][kOwnOutputs];  // residual, or cosines and sines
 #pragma unroll
     for (int from = 0; from < kTokens; from += kStaged) {
       if (c.cluster == 2 && from / (kTokens / 2) != work.rank) continue;
       if (from >= p.rows) break;
+      // All that is to be read, before anything is written: one latency.
+#pragma unroll
+      for (int i = 0; i < kOwnTokens; ++i) {
+        const int token = from + warp + i * kWarps;
+        if (token >= p.rows) continue;
+        if (c.projects)
+          turn.look_up(read[i], token);
+        else if (p.residual != nullptr)
+          read_residual(read[i], token, first, outputs);
+      }
 #pragma unroll
       for (int j = 0; j < kStaged / 8; ++j) {
         float* const to = staging + (part * kStaged + 8 * j + column) * kPitch + row;
@@ -185,21 +208,54 @@ struct LinearProduct {
         }
       }
       named_barrier(1, kThreads);
-      for (int t = warp; t < kStaged && from + t < p.rows; t += kWarps)
-        write(staging + t * kPitch, from + t, first, outputs);
+#pragma unroll
+      for (int i = 0; i < kOwnTokens; ++i) {
+        const int t = warp + i * kWarps;
+        if (from + t >= p.rows) continue;
+        if (c.projects)
+          turn.write(read[i], from + t, [&](int n) { return pair_of(staging + t * kPitch + n); });
+        else
+          write(staging + t * kPitch, from + t, first, outputs, read[i]);
+      }
       named_barrier(1, kThreads);
     }
   }
 
+  // Two neighbouring sums.
+  __device__ __forceinline__ float2 pair_of(const float* sums) const {
+    const bool in_parts = kParts == 2 && a.cfg.cluster == 1;
+    float2 v = {0.f, 0.f};
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      const float* const from = sums + s * (a.cfg.weight_box / 128);
+      const auto add = [&](const float* at) {
+        const float2 part = *reinterpret_cast<const float2*>(at);
+        v.x += part.x, v.y += part.y;
+      };
+      add(from);
+      if (in_parts) add(from + kStaged * kPitch);
+    }
+    return v;
+  }
+
+  __device__ __forceinline__ void read_residual(float (&v)[kOwnOutputs], int token,
+                                                std::int64_t first, int outputs) const {
+    const T* const from = static_cast<const T*>(a.p.residual) + token * a.p.residual_stride + first;
+#pragma unroll
+    for (int i = 0; i < kOwnOutputs; ++i)
+      if (lane + 32 * i < outputs) v[i] = to_float(from[lane + 32 * i]);
+  }
+
   __device__ __forceinline__ void write(const float* sums, int token, std::int64_t first,
-                                        int outputs) const {
+                                        int outputs, const float (&residual)[kOwnOutputs]) const {
     const LinearDecodeParams& p = a.p;
     const T* const bias = static_cast<const T*>(p.bias);
-    const T* const residual = static_cast<const T*>(p.residual);
-    const std::int64_t residual_at = token * p.residual_stride + first;
     T* const y = static_cast<T*>(p.y) + token * p.outputs + first;
     const bool in_parts = kParts == 2 && a.cfg.cluster == 1;
-    for (int n = lane; n < outputs; n += 32) {
+#pragma unroll
+    for (int i = 0; i < kOwnOutputs; ++i) {
+      const int n = lane + 32 * i;
+      if (n >= outputs) continue;
       float v = 0.f;
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
@@ -212,14 +268,14 @@ struct LinearProduct {
         if (bias != nullptr) up += to_float(bias[p.outputs + first + n]);
         v *= sigmoidf(v) * up;
       }
-      if (residual != nullptr) v += to_float(residual[residual_at + n]);
+      if (p.residual != nullptr) v += residual[i];
       y[n] = from_float<T>(v);
     }
   }
 };
 
 template <typename T, int kTokens, int kRowTiles, int kSlices>
-__global__ void __launch_bounds__(kLinearThreads, linear_ctas_of_sm(kTokens))
+__global__ void __launch_bounds__(linear_bound_threads(kTokens), linear_ctas_of_sm(kTokens))
     linear_decode_sm90_kernel(const __grid_constant__ LinearArgs a) {
   using S = LinearSmem;
   using Product = LinearProduct<T, kTokens, kRowTiles, kSlices>;
@@ -231,6 +287,7 @@ __global__ void __launch_bounds__(kLinearThreads, linear_ctas_of_sm(kTokens))
     }
     mbarrier_init(linear_shared_at(S::kPeerFull), 1);
     mbarrier_init(linear_shared_at(S::kPeerFree), 4 * kRowTiles);
+    mbarrier_init(linear_shared_at(S::kLookedUp), kLinearLookingUp);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -241,11 +298,16 @@ __global__ void __launch_bounds__(kLinearThreads, linear_ctas_of_sm(kTokens))
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp < 4) {
     if (threadIdx.x == 0) LinearLoader{a, LinearWork(a)}.walk();
+    if (warp > 0 && a.cfg.projects) linear_look_up_tokens(a);
     __syncwarp();
     if (cluster == 2) cluster_wait();
   } else {
     if (cluster == 2) cluster_wait();
-    grid_dependency_wait();  // the residual, and y
+    bool has_x = false;
+    if constexpr (kTokens == 8) {  // at most as many are normalised here
+      if (a.cfg.norms) LinearNorm<T>{a}.run(), has_x = true;
+    }
+    if (!has_x) grid_dependency_wait();  // the residual, and y
     Product{a, LinearWork(a)}.walk();
   }
 }

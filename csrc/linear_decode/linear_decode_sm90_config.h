@@ -32,9 +32,33 @@ constexpr int kLinearMostSlicedColumns = 64;  // of a product: slices times toke
 // a copy of x, whatever it brings.
 constexpr int kLinearStageWeightBytes = 12288;
 
+// Where at most 4 rows of x are normalised, every CTA does it for itself: all of h lies in its
+// shared memory, whatever the ring brings.  Longer rows would leave the ring too little, and of
+// more rows the work shows more than the launch that they have before this one.
+constexpr std::int64_t kLinearMostNormedRows = 4, kLinearMostNormedK = 6144;
+constexpr bool linear_norms_itself(std::int64_t rows, std::int64_t K) {
+  return rows <= kLinearMostNormedRows && K <= kLinearMostNormedK;
+}
+
+// Shared memory besides h and gain where two CTAs are to fit on a multiprocessor.
+constexpr int kLinearRingBesideNormBytes = 73728;
+
+// Where ATen's product is at least as fast, with the norm and the residual in launches of their own
+// (measured on an H100 over the projections of 1B to 8B models, 1 to 128 rows): from 65 rows on,
+// and from 33 on of vocabularies.  Swiglu's two products and their combination stay here.
+constexpr std::int64_t kLinearMostRows = 64, kLinearMostVocabularyRows = 32;
+constexpr std::int64_t kLinearVocabulary = 32768;
+constexpr bool linear_is_for_aten(std::int64_t rows, std::int64_t outputs, bool swiglu) {
+  return !swiglu &&
+         rows > (outputs >= kLinearVocabulary ? kLinearMostVocabularyRows : kLinearMostRows);
+}
+
 struct LinearDecodeSm90Shape {
   std::int64_t rows, outputs, K;
   bool swiglu;
+  bool norm = false;
+  bool projects = false;            // units of even outputs, and what a projection looks up
+  std::int64_t second_outputs = 0;  // of another weight
 };
 
 // A unit is `unit` outputs; a cluster of 1 or 2 CTAs computes `units` of them one after another,
@@ -46,7 +70,9 @@ struct LinearDecodeSm90Config {
   int cluster;    // CTAs that share the rows of a unit
   int slices;     // boxes along K that one product takes together
   int unit;
-  int units;                // of a cluster
+  int units;        // of a cluster
+  int first_units;  // those of the first weight, before those of the second
+  int all_units;
   int clusters;             // in all
   int box_rows;             // rows of the weight in a box: `unit`, rounded up to 8
   int boxes;                // of the weight in a stage
@@ -57,6 +83,11 @@ struct LinearDecodeSm90Config {
   int stage_bytes, stages;  // of the ring
   int staging_offset;       // fp32 sums on their way out, or to the other CTA
   int merge_offset;         // sums of the second warpgroup, where two CTAs share a unit of one tile
+  bool norms;       // h = norm(x) lies in shared memory as a whole, and stages bring W alone
+  int h_offset;     // its boxes
+  int gain_offset;  // the norm's weight
+  bool projects;
+  int tokens_offset;  // what a projection looks up of every row of x
   int smem_bytes;
   bool starts_next_first;  // the next launch may start before x is there
 };
@@ -68,6 +99,8 @@ constexpr int linear_staged_tokens(int tokens, int row_tiles) {
 }
 constexpr int linear_staging_pitch(int row_tiles) { return 64 * row_tiles + 4; }
 
+constexpr int kLinearTokenBytes = 16;  // of a row of x, where a projection looks it up
+
 // What a caller may fix to measure with; 0, or -1: chosen here.
 struct LinearDecodeSm90Tuning {
   int cluster = 0, boxes = 0, smem_bytes = 0, starts_next_first = -1;
@@ -75,6 +108,9 @@ struct LinearDecodeSm90Tuning {
 
 // CTAs of a multiprocessor that registers are kept for.
 constexpr int linear_ctas_of_sm(int tokens) { return tokens > 64 ? 1 : 2; }
+// And threads: with 128 tokens as if there were more than there are, which leaves registers for the
+// norm's CTA.
+constexpr int linear_bound_threads(int tokens) { return tokens > 64 ? 512 : kLinearThreads; }
 
 // Stages of `boxes` boxes, and all offsets that follow from it, in at most `most_bytes`.
 constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, int boxes,
@@ -82,7 +118,7 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
   c.boxes = boxes;
   c.steps = static_cast<int>(ceil_div<std::int64_t>(K, kLinearBox * c.boxes));
   c.x_offset = c.boxes * c.weight_box;
-  c.stage_bytes = c.x_offset + c.boxes * c.x_box;
+  c.stage_bytes = c.x_offset + (c.norms ? 0 : c.boxes * c.x_box);
 
   // Sums of the other CTA's half of the tokens, or of the tokens that are on their way out.
   const int exchanged = c.cluster == 2 ? c.tokens / 2 * 64 * c.row_tiles * 4 : 0;
@@ -95,16 +131,36 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
   const int merged = c.cluster == 2 && c.row_tiles == 1 ? c.tokens * 64 * 4 : 0;
   const int held = (needed < 2 ? needed : 2) * c.stage_bytes;
   const int merge = c.units == 1 && held >= merged ? 0 : merged;
+  const int h = c.norms ? c.steps * c.boxes * c.x_box : 0;
+  const int gain = c.norms ? static_cast<int>(round_up<std::int64_t>(4 * K, 1024)) : 0;
+  const int tokens = c.projects ? round_up(kLinearTokenBytes * c.tokens, 1024) : 0;
+  const int rest = staging + merge + h + gain + tokens;
   // A product reads 64 rows from where a box starts, also where the box has fewer.
   const int past = (c.row_tiles - 1) * c.second_offset + 64 * 2 * kLinearBox;
-  const int behind = c.stage_bytes - (c.boxes - 1) * c.weight_box + staging + merge;
+  const int behind = c.stage_bytes - (c.boxes - 1) * c.weight_box + rest;
   const int slack = past > behind ? past - behind : 0;
-  const int fit = (most_bytes - kLinearHeaderBytes - staging - merge - slack) / c.stage_bytes;
+  const int fit = (most_bytes - kLinearHeaderBytes - rest - slack) / c.stage_bytes;
   c.stages = fit < kLinearMostStages ? fit : kLinearMostStages;
   if (needed < c.stages) c.stages = needed;
   c.staging_offset = kLinearHeaderBytes + c.stages * c.stage_bytes;
   c.merge_offset = merge == 0 ? kLinearHeaderBytes : c.staging_offset + staging;
-  c.smem_bytes = c.staging_offset + staging + merge + slack;
+  c.h_offset = c.staging_offset + staging + merge;
+  c.gain_offset = c.h_offset + h;
+  c.tokens_offset = c.gain_offset + gain;
+  c.smem_bytes = c.staging_offset + rest + slack;
+}
+
+// The smallest unit of which at most `most_units` cover the outputs.  A unit is one weight's, and a
+// projection's holds whole pairs.
+constexpr int linear_unit(const LinearDecodeSm90Shape& s, std::int64_t most_units) {
+  const int step = s.projects ? 2 : 1;
+  const std::int64_t share = ceil_div(s.outputs + s.second_outputs, most_units);
+  int unit = round_up(static_cast<int>(share < 8 ? 8 : share), step);
+  while (ceil_div<std::int64_t>(s.outputs, unit) + ceil_div<std::int64_t>(s.second_outputs, unit) >
+             most_units &&
+         unit <= 128)
+    unit += step;
+  return unit;
 }
 
 constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
@@ -112,37 +168,45 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   LinearDecodeSm90Config c = {};
   c.tokens = 8;
   while (c.tokens < s.rows) c.tokens *= 2;
-  const std::int64_t weight_rows = s.swiglu ? 2 * s.outputs : s.outputs;
+  const std::int64_t outputs = s.outputs + s.second_outputs;
+  const std::int64_t weight_rows = s.swiglu ? 2 * outputs : outputs;
   c.cluster = c.tokens >= 64 && weight_rows < kLinearSplitRows ? 2 : 1;
   if (tuning.cluster != 0 && c.tokens >= 64) c.cluster = tuning.cluster;
 
-  c.slices = s.swiglu || c.tokens > 32        ? 1
-             : s.outputs <= kLinearFourSlices ? 4
-             : s.outputs <= kLinearTwoSlices  ? 2
-                                              : 1;
+  c.slices = s.swiglu || c.tokens > 32      ? 1
+             : outputs <= kLinearFourSlices ? 4
+             : outputs <= kLinearTwoSlices  ? 2
+                                            : 1;
   while (c.slices > 1 && c.slices * c.tokens > kLinearMostSlicedColumns) c.slices /= 2;
 
   // The outputs in even shares: as many units a cluster as keep a unit within the rows of one
   // product, and units as small as cover all.
   const int most = c.slices > 1 ? 64 / c.slices : s.swiglu ? 64 : 128;
   const std::int64_t slots = sms / c.cluster < 1 ? 1 : sms / c.cluster;
-  const std::int64_t units = ceil_div(ceil_div(s.outputs, slots), std::int64_t{most});
-  const std::int64_t share = ceil_div(s.outputs, slots * units);
-  c.unit = static_cast<int>(share < 8 ? 8 : share);
+  std::int64_t units = ceil_div(ceil_div(outputs, slots), std::int64_t{most});
+  while ((c.unit = linear_unit(s, slots * units)) > most) ++units;
   c.units = static_cast<int>(units);
-  c.clusters = static_cast<int>(ceil_div(ceil_div<std::int64_t>(s.outputs, c.unit), units));
+  c.first_units = static_cast<int>(ceil_div<std::int64_t>(s.outputs, c.unit));
+  c.all_units = c.first_units + static_cast<int>(ceil_div<std::int64_t>(s.second_outputs, c.unit));
+  c.clusters = static_cast<int>(ceil_div<std::int64_t>(c.all_units, units));
+  c.projects = s.projects;
   c.row_tiles = s.swiglu || c.unit > 64 ? 2 : 1;
   c.box_rows = round_up(c.unit, 8);
   c.second_offset = (s.swiglu ? c.box_rows : 64) * 2 * kLinearBox;
   c.weight_box = (s.swiglu ? 2 : 1) * c.box_rows * 2 * kLinearBox;
   c.x_box = c.tokens * 2 * kLinearBox;
+  c.norms = s.norm && linear_norms_itself(s.rows, s.K);
 
   // A whole multiprocessor: long runs of W in flight are worth more than a second ring beside this
   // one, but where all that a CTA reads is no more than a multiprocessor holds; there half of it,
   // and the next launch's ring fills in the other half.
   const std::int64_t bytes =
       (c.weight_box + c.x_box) * ceil_div<std::int64_t>(s.K, kLinearBox) / c.cluster * c.units;
-  const bool half = c.tokens <= 64 && bytes <= kLinearWholeSmemBytes;
+  // h and its gain may not take what the ring needs.
+  const std::int64_t normed =
+      c.norms ? c.x_box * ceil_div<std::int64_t>(s.K, kLinearBox) + 4 * s.K : 0;
+  const bool half = c.tokens <= 64 && bytes <= kLinearWholeSmemBytes &&
+                    normed <= kLinearHalfSmemBytes - kLinearRingBesideNormBytes;
   const int most_bytes = tuning.smem_bytes != 0 ? tuning.smem_bytes
                          : half                 ? kLinearHalfSmemBytes
                                                 : kLinearWholeSmemBytes;

@@ -6,6 +6,7 @@
 namespace zebra::sm90 {
 
 Status linear_decode_launch(const LinearDecodeParams& p, Early early,
-                            const LinearDecodeSm90Tuning& tuning, cudaStream_t stream);
+                            const LinearDecodeSm90Tuning& tuning, cudaStream_t stream,
+                            const LinearProjection* also = nullptr);
 
 }  // namespace zebra::sm90

@@ -15,22 +15,28 @@ namespace zebra::sm90 {
 enum class Early { kNothing, kIntoL2, kIntoShared };
 
 struct LinearArgs {
-  CUtensorMap weight, x;
-  LinearDecodeParams p;  // x is normalised where there was a norm
+  CUtensorMap weight, second, x;
+  LinearDecodeParams p;   // norm_weight where this kernel normalises x itself
+  LinearProjection also;  // where cfg.projects
   LinearDecodeSm90Config cfg;
   Early early;
   // Whether one copy brings all boxes of a stage: the maps then have K in blocks of kLinearBox as
   // their last dimension.
   bool whole;
+  bool up_first;  // swiglu: the map begins with the up rows, which lie below the gate rows
 };
 
 // Shared memory before the ring: byte offsets.
 struct LinearSmem {
   static constexpr int kFull = 0, kEmpty = kFull + 8 * kLinearMostStages;
   static constexpr int kPeerFull = kEmpty + 8 * kLinearMostStages, kPeerFree = kPeerFull + 8;
+  static constexpr int kLookedUp = kPeerFree + 8;
+  static constexpr int kSquares = 512;  // of a row, by 8 warps
   static constexpr int kRing = kLinearHeaderBytes;
-  static_assert(kPeerFree + 8 <= kRing && kRing % 1024 == 0);
+  static_assert(kLookedUp + 8 <= kSquares && kSquares + 4 * 64 <= kRing && kRing % 1024 == 0);
 };
+
+constexpr int kLinearLookingUp = 96;  // threads: the warps beside the one that loads
 
 extern __shared__ __align__(1024) char linear_shared[];
 
@@ -55,8 +61,7 @@ struct LinearWork {
     const LinearDecodeSm90Config& c = a.cfg;
     rank = c.cluster == 2 ? static_cast<int>(cluster_rank()) : 0;
     first_unit = static_cast<int>(blockIdx.x) / c.cluster * c.units;
-    const int all = static_cast<int>((a.p.outputs + c.unit - 1) / c.unit);
-    units = min(c.units, all - first_unit);
+    units = min(c.units, c.all_units - first_unit);
     first_step = rank == 0 ? 0 : c.steps / 2;
     steps = (c.cluster == 2 && rank == 0 ? c.steps / 2 : c.steps) - first_step;
   }
@@ -73,26 +78,35 @@ struct LinearLoader {
   const LinearArgs& a;
   const LinearWork& work;
 
-  // A load of this CTA: its coordinate along K and its first output.
+  // A load of this CTA: its coordinate along K, and of which unit it is.
   struct Place {
-    int step, k, output;
+    int step, k, unit;
   };
   __device__ __forceinline__ Place first() const {
-    return {0, work.first_step * a.cfg.boxes * kLinearBox, work.first_unit * a.cfg.unit};
+    return {0, work.first_step * a.cfg.boxes * kLinearBox, work.first_unit};
+  }
+  __device__ __forceinline__ bool is_second(const Place& at) const {
+    return at.unit >= a.cfg.first_units;
+  }
+  __device__ __forceinline__ const CUtensorMap* map_of(const Place& at) const {
+    return is_second(at) ? &a.second : &a.weight;
+  }
+  __device__ __forceinline__ int output_of(const Place& at) const {
+    return (at.unit - (is_second(at) ? a.cfg.first_units : 0)) * a.cfg.unit;
   }
   __device__ __forceinline__ void advance(Place& at) const {
     at.k += a.cfg.boxes * kLinearBox;
     if (++at.step < work.steps) return;
-    at.step = 0, at.k = work.first_step * a.cfg.boxes * kLinearBox, at.output += a.cfg.unit;
+    at.step = 0, at.k = work.first_step * a.cfg.boxes * kLinearBox, ++at.unit;
   }
 
   __device__ __forceinline__ void prefetch(const Place& at) const {
     if (a.whole) {
-      tma_prefetch_4d(&a.weight, 0, at.output, 0, at.k / kLinearBox);
+      tma_prefetch_4d(map_of(at), 0, output_of(at), 0, at.k / kLinearBox);
       return;
     }
     for (int b = 0; b < a.cfg.boxes; ++b)
-      tma_prefetch_3d(&a.weight, at.k + b * kLinearBox, at.output, 0);
+      tma_prefetch_3d(map_of(at), at.k + b * kLinearBox, output_of(at), 0);
   }
   // The stage's weight, and the bytes that the whole stage will bring.
   __device__ __forceinline__ void load_weight(const Place& at, int slot) const {
@@ -101,14 +115,15 @@ struct LinearLoader {
     const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;
     mbarrier_expect(full, c.stage_bytes);
     if (a.whole) {
-      tma_load_4d(to, &a.weight, full, 0, at.output, 0, at.k / kLinearBox);
+      tma_load_4d(to, map_of(at), full, 0, output_of(at), 0, at.k / kLinearBox);
       return;
     }
     for (int b = 0; b < c.boxes; ++b)
-      tma_load_3d(to + b * c.weight_box, &a.weight, full, at.k + b * kLinearBox, at.output, 0);
+      tma_load_3d(to + b * c.weight_box, map_of(at), full, at.k + b * kLinearBox, output_of(at), 0);
   }
   __device__ __forceinline__ void load_x(const Place& at, int slot) const {
     const LinearDecodeSm90Config& c = a.cfg;
+    if (c.norms) return;
     const std::uint32_t to =
         linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes + c.x_offset);
     const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;

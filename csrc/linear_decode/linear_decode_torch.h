@@ -13,7 +13,8 @@ namespace zebra {
 template <typename Launch>
 Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTensor& norm_weight,
                            const OptTensor& bias, const OptTensor& residual,
-                           const std::string& activation, double norm_eps, Launch launch) {
+                           const std::string& activation, double norm_eps,
+                           const OptTensor& up_weight, Launch launch) {
   const Check check("linear_decode");
   check.that(activation == "none" || activation == "swiglu", "activation", "'" + activation + "'",
              "'none' or 'swiglu'");
@@ -21,12 +22,26 @@ Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTenso
   const DType dtype = check.floating("x", x);
   check.that(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x", x, "[..., K] with K > 0");
   const int64_t K = x.size(x.dim() - 1), rows = x.numel() / K;
+  const bool stacked = swiglu && !up_weight;  // gate and up rows are one weight
   check.like("weight", weight, x, "x");
-  check.shape("weight", weight, {-1, K}, swiglu ? "[2 N, K]" : "[N, K]");
+  check.shape("weight", weight, {-1, K}, stacked ? "[2 N, K]" : "[N, K]");
   check.last_dim_contiguous("weight", weight);
-  check.that(!swiglu || weight.size(0) % 2 == 0, "weight", weight,
+  check.that(!stacked || weight.size(0) % 2 == 0, "weight", weight,
              "[2 N, K]: N gate rows, then N up rows");
-  const int64_t outputs = swiglu ? weight.size(0) / 2 : weight.size(0);
+  const int64_t outputs = stacked ? weight.size(0) / 2 : weight.size(0);
+  const void* up = nullptr;
+  if (up_weight) {
+    check.that(swiglu, "up_weight", *up_weight, "None unless activation is 'swiglu'");
+    check.like("up_weight", *up_weight, x, "x");
+    check.shape("up_weight", *up_weight, {outputs, K}, "[N, K]");
+    check.last_dim_contiguous("up_weight", *up_weight);
+    check.that(outputs <= 1 || up_weight->stride(0) == weight.stride(0), "up_weight", *up_weight,
+               "of rows as far apart as weight's, ", weight.stride(0));
+    up = up_weight->data_ptr();
+  } else if (swiglu) {
+    Tensor all = weight;
+    up = torch::stable::narrow(all, 0, outputs, outputs).data_ptr();
+  }
 
   DType norm_dtype = dtype;
   if (norm_weight) {
@@ -41,7 +56,7 @@ Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTenso
   }
   if (bias) {
     check.like("bias", *bias, x, "x");
-    check.shape("bias", *bias, {weight.size(0)}, swiglu ? "[2 N]" : "[N]");
+    check.shape("bias", *bias, {swiglu ? 2 * outputs : outputs}, swiglu ? "[2 N]" : "[N]");
     check.contiguous("bias", *bias);
   }
   std::vector<int64_t> shape;
@@ -65,7 +80,7 @@ Tensor linear_decode_torch(const Tensor& x, const Tensor& weight, const OptTenso
   const Tensor in = torch::stable::view(one_stride ? x : torch::stable::contiguous(x), {rows, K});
   check.status(launch(
       LinearDecodeParams{
-          in.data_ptr(), weight.data_ptr(), norm_weight ? norm_weight->data_ptr() : nullptr,
+          in.data_ptr(), weight.data_ptr(), up, norm_weight ? norm_weight->data_ptr() : nullptr,
           bias ? bias->data_ptr() : nullptr, residual ? r.data_ptr() : nullptr, y.data_ptr(), rows,
           outputs, K, in.stride(0), weight.stride(0), outputs, dtype, norm_dtype, swiglu, norm_eps},
       in, torch::stable::view(y, {rows, outputs})));

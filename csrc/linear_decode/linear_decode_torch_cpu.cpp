@@ -26,7 +26,8 @@ constexpr int64_t kMostMatrixUnitRows = 64;
 
 Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& norm_weight,
                         const OptTensor& bias, const OptTensor& residual,
-                        const std::string& activation, double norm_eps) {
+                        const std::string& activation, double norm_eps,
+                        const OptTensor& up_weight) {
   const auto launch = [&](const LinearDecodeParams& p, const Tensor& rows, const Tensor& y) {
     if (p.rows <= most_streamed_rows(p.dtype)) {
       linear_decode_cpu(p);
@@ -47,12 +48,20 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
       matmul_into(h, transposed(weight), y);
       return Status{};
     }
-    const Tensor products = torch::stable::new_empty(rows, {p.rows, weight.size(0)});
-    matmul_into(h, transposed(weight), products);
+    Tensor products =
+        torch::stable::new_empty(rows, {p.rows, p.swiglu ? 2 * p.outputs : p.outputs});
+    if (up_weight) {
+      matmul_into(h, transposed(weight), torch::stable::narrow(products, 1, 0, p.outputs));
+      matmul_into(h, transposed(*up_weight),
+                  torch::stable::narrow(products, 1, p.outputs, p.outputs));
+    } else {
+      matmul_into(h, transposed(weight), products);
+    }
     linear_decode_epilogue_cpu({p, nullptr, products.data_ptr()});
     return Status{};
   };
-  return linear_decode_torch(x, weight, norm_weight, bias, residual, activation, norm_eps, launch);
+  return linear_decode_torch(x, weight, norm_weight, bias, residual, activation, norm_eps,
+                             up_weight, launch);
 }
 
 }  // namespace

@@ -2,44 +2,54 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <array>
-
+#include "common/torch_mm.h"
+#include "linear_decode/linear_decode_sm90_config.h"
 #include "linear_decode/linear_decode_torch.h"
+#include "rms_norm/rms_norm.h"
 
 namespace zebra {
 namespace {
 
-Tensor composite(const Tensor& x, const Tensor& weight, const OptTensor& norm_weight,
-                 const OptTensor& bias, const OptTensor& residual, const std::string& activation,
-                 double norm_eps) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack{from(x),        from(weight),     from(norm_weight), from(bias),
-                                    from(residual), from(activation), from(norm_eps)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("zebra::_linear_decode_composite", "",
-                                                      stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& norm_weight,
                         const OptTensor& bias, const OptTensor& residual,
-                        const std::string& activation, double norm_eps) {
+                        const std::string& activation, double norm_eps,
+                        const OptTensor& up_weight) {
   const CudaScope scope(x);
-  bool is_taken = true;
-  // Checks everything first: a message from below would not survive the dispatcher.
-  const Tensor y =
-      linear_decode_torch(x, weight, norm_weight, bias, residual, activation, norm_eps,
-                          [&](LinearDecodeParams p, const Tensor& in, const Tensor&) {
-                            is_taken = p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows;
-                            if (!is_taken) return Status{};
-                            Tensor h = in;
-                            if (linear_decode_cuda_needs_h(p)) {
-                              h = torch::stable::new_empty(in, {p.rows, p.K});
-                              p.h = h.data_ptr();
-                            }
-                            return linear_decode_cuda(p, scope.stream());
-                          });
-  if (is_taken) return y;
-  return composite(x, weight, norm_weight, bias, residual, activation, norm_eps);
+  const auto launch = [&](LinearDecodeParams p, const Tensor& rows, const Tensor& y) {
+    if (p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows &&
+        !linear_is_for_aten(p.rows, p.outputs, p.swiglu)) {
+      Tensor h = rows;
+      if (linear_decode_cuda_needs_h(p)) {
+        h = torch::stable::new_empty(rows, {p.rows, p.K});
+        p.h = h.data_ptr();
+      }
+      return linear_decode_cuda(p, scope.stream());
+    }
+    Tensor h = rows;
+    if (norm_weight) {
+      h = torch::stable::new_empty(rows, {p.rows, p.K});
+      const Tensor rstd = torch::stable::new_empty(rows, {p.rows}, acc_dtype(rows));
+      const Status s =
+          rms_norm_cuda({p.x, nullptr, p.norm_weight, h.data_ptr(), nullptr, rstd.data_ptr(),
+                         p.rows, p.K, p.x_stride, 0, p.dtype, p.norm_weight_dtype, p.norm_eps},
+                        scope.stream());
+      if (s.error != nullptr) return s;
+    }
+    Tensor products = y;
+    if (p.swiglu || p.bias != nullptr || p.residual != nullptr)
+      products = torch::stable::new_empty(rows, {p.rows, p.swiglu ? 2 * p.outputs : p.outputs});
+    if (up_weight) {
+      matmul_into(h, transposed(weight), torch::stable::narrow(products, 1, 0, p.outputs));
+      matmul_into(h, transposed(*up_weight),
+                  torch::stable::narrow(products, 1, p.outputs, p.outputs));
+    } else {
+      matmul_into(h, transposed(weight), products);
+    }
+    if (products.data_ptr() == y.data_ptr()) return Status{};
+    return linear_decode_epilogue_cuda({p, nullptr, products.data_ptr()}, scope.stream());
+  };
+  return linear_decode_torch(x, weight, norm_weight, bias, residual, activation, norm_eps,
+                             up_weight, launch);
 }
 
 }  // namespace

@@ -11,6 +11,9 @@
 
 #include "common/cpu/isa.h"
 #include "common/dtype.h"
+#include "common/status.h"
+
+struct CUstream_st;
 
 namespace zebra {
 
@@ -26,12 +29,17 @@ struct Mamba2StepParams {
   const void* norm_weight;            // [H P] or nullptr: no norm
   const std::int32_t* state_indices;  // [batch], negative: padding row; or nullptr: row b, slot b
   void* y;                            // [batch, H P] contiguous
-  std::int64_t batch, heads, headdim, d_state, groups, width;
+  float* conv;                        // CUDA: scratch [batch, channels] for silu(conv(...))
+  std::int64_t slots, batch, heads, headdim, d_state, groups, width;
   std::int64_t row_stride, conv_slot_stride, ssm_slot_stride;
+  bool A_is_log;  // A holds log(-A)
   DType dtype, state_dtype;
   DType conv_weight_dtype, conv_bias_dtype, dt_bias_dtype, D_dtype, norm_weight_dtype;
   double norm_eps;
 };
+
+// A slot that the state does not have gives a row of NaN and touches nothing.
+Status mamba2_step_cuda(const Mamba2StepParams& p, CUstream_st* stream);
 
 }  // namespace zebra
 

@@ -127,7 +127,8 @@ void head_step(const Mamba2StepParams& p, const T* row, S* state, std::int64_t h
   load_span(p.dt_bias, p.dt_bias_dtype, h, &bias, 1);
   load_span(p.D, p.D_dtype, h, &D, 1);
   const A d = softplus(to_acc(row[dt_at + h]) + bias);
-  const A decay = std::exp(d * static_cast<const A*>(p.A)[h]);
+  const A a = static_cast<const A*>(p.A)[h];
+  const A decay = std::exp(d * (p.A_is_log ? -std::exp(a) : a));
   A* const dx = s.x + P;
   for (std::int64_t i = 0; i < P; ++i) dx[i] = d * s.x[i];
   std::int64_t i = 0;

@@ -24,8 +24,8 @@ Tensor mamba2_step_torch(const Tensor& zxbcdt, const Tensor& conv_state, const T
                          const Tensor& conv_weight, const OptTensor& conv_bias,
                          const Tensor& dt_bias, const Tensor& A, const Tensor& D,
                          const OptTensor& norm_weight, int64_t n_groups,
-                         const OptTensor& state_indices, double norm_eps, Validate validate,
-                         Launch launch) {
+                         const OptTensor& state_indices, double norm_eps, bool A_is_log,
+                         Validate validate, Launch launch) {
   const Check check("mamba2_step");
   check.shape("ssm_state", ssm_state, {-1, -1, -1, -1}, "[slots, H, P, N]");
   const int64_t slots = ssm_state.size(0), H = ssm_state.size(1), P = ssm_state.size(2),
@@ -92,6 +92,8 @@ Tensor mamba2_step_torch(const Tensor& zxbcdt, const Tensor& conv_state, const T
         norm_weight ? norm_weight->data_ptr() : nullptr,
         state_indices ? static_cast<const std::int32_t*>(state_indices->data_ptr()) : nullptr,
         y.data_ptr(),
+        nullptr,
+        slots,
         batch,
         H,
         P,
@@ -101,6 +103,7 @@ Tensor mamba2_step_torch(const Tensor& zxbcdt, const Tensor& conv_state, const T
         zxbcdt.stride(0),
         conv_state.stride(0),
         ssm_state.stride(0),
+        A_is_log,
         dtype,
         check.floating("ssm_state", ssm_state),
         conv_weight_dtype,

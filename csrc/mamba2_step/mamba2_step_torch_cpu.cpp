@@ -33,16 +33,17 @@ void check_slots(const Check& check, const Tensor& indices, int64_t slots) {
 Tensor mamba2_step_op(const Tensor& zxbcdt, const Tensor& conv_state, const Tensor& ssm_state,
                       const Tensor& conv_weight, const OptTensor& conv_bias, const Tensor& dt_bias,
                       const Tensor& A, const Tensor& D, const OptTensor& norm_weight,
-                      int64_t n_groups, const OptTensor& state_indices, double norm_eps) {
+                      int64_t n_groups, const OptTensor& state_indices, double norm_eps,
+                      bool A_is_log) {
   const auto validate = [&](const Check& check, int64_t slots) {
-    if (A.scalar_type() == ScalarType::Double)
+    if (!A_is_log && A.scalar_type() == ScalarType::Double)
       check_decay<double>(check, A);
-    else
+    else if (!A_is_log)
       check_decay<float>(check, A);
     if (state_indices) check_slots(check, *state_indices, slots);
   };
   return mamba2_step_torch(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D,
-                           norm_weight, n_groups, state_indices, norm_eps, validate,
+                           norm_weight, n_groups, state_indices, norm_eps, A_is_log, validate,
                            [](const Mamba2StepParams& p) {
                              mamba2_step_cpu(p);
                              return Status{};

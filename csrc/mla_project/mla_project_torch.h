@@ -16,6 +16,8 @@ struct MlaProjectInputs {
   int64_t num_heads;
   const OptTensor &q_a_norm_weight, &kv_a_norm_weight;
   double norm_eps;
+  const OptTensor* input_norm_weight = nullptr;  // of mla_project_append
+  double input_norm_eps = 0;
 };
 
 struct MlaProjectDims {
@@ -75,6 +77,7 @@ inline MlaProjectDims mla_project_dims(const Check& check, const MlaProjectInput
   check.shape("positions", pos, {d.B, d.T}, "[B, T]");
   norm("q_a_norm_weight", in.q_a_norm_weight, d.rank_q, "[Rq]");
   norm("kv_a_norm_weight", in.kv_a_norm_weight, d.R, "[R]");
+  if (in.input_norm_weight != nullptr) norm("input_norm_weight", *in.input_norm_weight, d.D, "[D]");
   return d;
 }
 

@@ -13,6 +13,11 @@ struct CpuDevice {
   static Status norm_backward(const RmsNormBackwardParams& p) {
     return rms_norm_backward_cpu(p), Status{};
   }
+  static std::optional<std::tuple<Tensor, Tensor>> project(const Check&, const MlaProjectInputs&,
+                                                           const MlaProjectDims&,
+                                                           const MlaProjectParams&, const Tensor&) {
+    return std::nullopt;
+  }
   static Status rotate(const MlaProjectParams& p) { return mla_project_cpu(p), Status{}; }
   static Status unrotate(const MlaProjectBackwardParams& p) {
     return mla_project_backward_cpu(p), Status{};
@@ -42,10 +47,13 @@ std::tuple<Tensor, Tensor> mla_project_append_op(
     const Tensor& hidden, const OptTensor& q_a_weight, const Tensor& q_b_weight,
     const Tensor& kv_a_weight, const Tensor& cos, const Tensor& sin, const Tensor& positions,
     int64_t num_heads, Tensor cache, const Tensor& slot_mapping, const OptTensor& q_a_norm_weight,
-    const OptTensor& kv_a_norm_weight, double norm_eps) {
+    const OptTensor& kv_a_norm_weight, double norm_eps, const OptTensor& input_norm_weight,
+    double input_norm_eps) {
   const Check check("mla_project_append");
-  const MlaProjectInputs in{hidden,    q_a_weight, q_b_weight,      kv_a_weight,      cos,     sin,
-                            positions, num_heads,  q_a_norm_weight, kv_a_norm_weight, norm_eps};
+  const MlaProjectInputs in{
+      hidden,   q_a_weight,         q_b_weight,    kv_a_weight,     cos,
+      sin,      positions,          num_heads,     q_a_norm_weight, kv_a_norm_weight,
+      norm_eps, &input_norm_weight, input_norm_eps};
   return MlaProducts(check, in, CpuDevice{}).forward(&cache, &slot_mapping);
 }
 

@@ -3,10 +3,12 @@
 // A Device gives what differs:
 //   norm, norm_backward, norm_partials  the kernels of rms_norm
 //   rotate, unrotate                    those of mla_project
+//   project                             all of mla_project_append at once, where it can
 //   kInPlace                            whether `rotate` takes c and k in the latent itself
 //   check_positions                     of values that the host can read
 #pragma once
 
+#include <optional>
 #include <tuple>
 
 #include "common/torch_mm.h"
@@ -62,22 +64,29 @@ class MlaProducts {
       p.page_stride = cache->stride(0), p.row_stride = cache->stride(1);
     }
     const int64_t depth = d_.R + d_.E;
-    const Tensor x = rows();
+    const auto shaped = [&](const Tensor& q, const Tensor& latent) {
+      return std::tuple{torch::stable::view(q, {d_.B, d_.T, d_.H, d_.q_dim}),
+                        torch::stable::view(latent, {d_.B, d_.T, depth})};
+    };
+    Tensor x = rows();
+    p.tokens = d_.tokens, p.H = d_.H, p.q_dim = d_.q_dim, p.R = d_.R;
+    p.dtype = d_.dtype;
+    if (const auto done = device_.project(check_, in_, d_, p, x))
+      return shaped(std::get<0>(*done), std::get<1>(*done));
+    if (in_.input_norm_weight != nullptr)
+      x = norm(x, d_.D, *in_.input_norm_weight, in_.input_norm_eps).y;
     const Normed q_a = query_latent(x);
     Tensor q = product(q_a.y, in_.q_b_weight);
     Tensor kv = product(x, in_.kv_a_weight);
-    const Normed c = norm(kv, d_.R, in_.kv_a_norm_weight);
+    const Normed c = norm(kv, d_.R, in_.kv_a_norm_weight, in_.norm_eps);
     const bool in_place = Device::kInPlace && !in_.kv_a_norm_weight;
     Tensor latent = in_place ? kv : torch::stable::new_empty(kv, {d_.tokens, depth});
     p.q = q.data_ptr();
     p.c = c.y.data_ptr(), p.c_stride = c.y.stride(0);
     p.k = at_column(kv, d_.R), p.k_stride = depth;
     p.latent = latent.data_ptr();
-    p.tokens = d_.tokens, p.H = d_.H, p.q_dim = d_.q_dim, p.R = d_.R;
-    p.dtype = d_.dtype;
     check_.status(device_.rotate(p));
-    return {torch::stable::view(q, {d_.B, d_.T, d_.H, d_.q_dim}),
-            torch::stable::view(latent, {d_.B, d_.T, depth})};
+    return shaped(q, latent);
   }
 
   // Only hidden is saved: the low-rank activations that gradients need are recomputed.
@@ -98,7 +107,7 @@ class MlaProducts {
     Tensor dc = dlatent_rows, dkv_a_norm = no_tensor(in_.hidden);
     p.dc = dlatent_rows.data_ptr(), p.dc_stride = depth;
     if (in_.kv_a_norm_weight) {
-      const Normed c = norm(product(x, in_.kv_a_weight), d_.R, in_.kv_a_norm_weight);
+      const Normed c = norm(product(x, in_.kv_a_weight), d_.R, in_.kv_a_norm_weight, in_.norm_eps);
       std::tie(dc, dkv_a_norm) =
           norm_backward(dlatent_rows.data_ptr(), depth, c, d_.R, *in_.kv_a_norm_weight);
       p.dc = dc.data_ptr(), p.dc_stride = d_.R;
@@ -173,11 +182,12 @@ class MlaProducts {
   }
 
   Normed query_latent(const Tensor& x) const {
-    return norm(in_.q_a_weight ? product(x, *in_.q_a_weight) : x, d_.rank_q, in_.q_a_norm_weight);
+    return norm(in_.q_a_weight ? product(x, *in_.q_a_weight) : x, d_.rank_q, in_.q_a_norm_weight,
+                in_.norm_eps);
   }
 
   // The first `dim` columns of raw, normalised where there is a weight.
-  Normed norm(const Tensor& raw, int64_t dim, const OptTensor& weight) const {
+  Normed norm(const Tensor& raw, int64_t dim, const OptTensor& weight, double eps) const {
     if (!weight) return {raw, raw, raw};
     const int64_t rows = raw.size(0);
     Tensor y = new_rows(rows, dim);
@@ -185,7 +195,7 @@ class MlaProducts {
     if (rows > 0)
       check_.status(device_.norm(RmsNormParams{
           raw.data_ptr(), nullptr, weight->data_ptr(), y.data_ptr(), nullptr, rstd.data_ptr(), rows,
-          dim, raw.stride(0), 0, d_.dtype, check_.floating("norm", *weight), in_.norm_eps}));
+          dim, raw.stride(0), 0, d_.dtype, check_.floating("norm", *weight), eps}));
     return {raw, rstd, y};
   }
 

@@ -2,9 +2,10 @@
 //
 // Computes       y and the final state of ssd_scan.h for 16-bit dtypes, P and N of 64 or 128.
 //                Derivation, steps and what was rejected: docs/kernels/ssd_scan.md.
-// Work           all chunks of all sequences of all bundles of heads in one line, cut into equal
-//                shares: ssd_scan_sm90_config.h.  A share that begins inside a sequence starts from
-//                a state that a first kernel walked up to there, without outputs.
+// Work           all chunks of all sequences of all bundles of heads in equal shares, cut as near
+//                to the front of sequences as can be: ssd_scan_sm90_config.h.  A share that begins
+//                inside a sequence starts from states that a first kernel walked up to there,
+//                without outputs, in equal shares of its own.
 // Kernels        plan (packed sequences that may be cut: where shares begin), states (where
 //                sequences are cut), forward, which starts while states ends.
 // Grid           persistent, one CTA a multiprocessor; a CTA walks one head of P = 128 or two of 64
@@ -40,8 +41,8 @@ struct Workspace {
 Workspace workspace_of(const SsdScanParams& p, const SsdScanSm90Config& c) {
   Workspace w = {};
   if (!c.cut) return w;
-  w.decays = c.state_items * 128 * p.state_dim * 4;
-  w.table = w.decays + round_up<std::int64_t>(c.state_items * c.heads * 4, 16);
+  w.decays = c.state_slots * 128 * p.state_dim * 4;
+  w.table = w.decays + round_up<std::int64_t>(c.state_slots * c.heads * 4, 16);
   w.ends = w.table + (p.cu_seqlens == nullptr ? 0 : (c.units + 1) * 16);
   w.bytes = w.ends + (p.cu_seqlens == nullptr ? 0 : p.sequences * 4);
   return w;
@@ -159,7 +160,7 @@ Status ssd_scan_sm90(const SsdScanParams& p, void* workspace, cudaStream_t strea
   constexpr std::int64_t kInt = std::int64_t{1} << 31;
   const SsdScanSm90Config& c = args.cfg;
   if (p.tokens >= kInt - 2 * kSsdChunk || c.line >= kInt || c.items >= kInt ||
-      c.state_items >= kInt)
+      c.state_slots >= kInt)
     return {"x must have fewer than 2^31 tokens, and sequences times heads be below 2^31"};
   if (p.sequences == 0 || args.cfg.items == 0) return {};
   const SsdStrides y = {p.tokens * p.heads * p.head_dim, p.heads * p.head_dim, p.head_dim};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "common/math.h"
 
@@ -42,7 +43,7 @@ struct SsdScanSm90Shape {
 // share what they read through L2.  All chunks of all sequences of all bundles stand in one line,
 // sequence after sequence; the line is cut into units of equal length, and a unit is walked by the
 // CTAs of its bundle.  Where a cut falls inside a sequence, a first kernel walks what lies before
-// it for the state alone.
+// it for the state alone: not to walk long, cuts lie as far to the front as they can.
 struct SsdScanSm90Config {
   int heads;                       // of a CTA: 128 / P
   int head_slots;                  // CTAs side by side over the heads
@@ -59,15 +60,22 @@ struct SsdScanSm90Config {
   int width, bundles;  // slots of a bundle, bundles
   // A grain is 2^grain_shift chunks: cuts fall between grains.
   int grain_shift;
-  std::int64_t grains;       // of a sequence (packed: of one that holds all tokens)
-  std::int64_t line;         // grains of all bundles (packed: at most)
-  std::int64_t units;        // equal shares of the line
-  std::int64_t share, more;  // grains of a unit; the first `more` units have one more (not packed)
-  int snap;                  // a cut as near to a sequence's end, in grains, moves there
-  bool cut;                  // some cut may fall inside a sequence
-  int state_cuts_shift;      // parts of a unit in the walk for the states: a power of two
+  std::int64_t grains;  // of a sequence (packed: of one that holds all tokens)
+  std::int64_t line;    // grains of all bundles (packed: at most)
+  std::int64_t units;   // shares of the line
+  int snap;             // a cut as near to a sequence's (or a head's) end, in grains, moves there
+  bool cut;             // some cut may fall inside a sequence
+  // Not packed.  Every unit walks `wholes` sequences of its own and a share of the first
+  // `cut_lines`.  Each of those ends in `tails` units of `tail` grains; the `head` grains before
+  // them stand in a line of `head_units` equal shares (the first `more` have one grain more).
+  int wholes, cut_lines, tails, tail, head, head_units, share, more;
+  // The walk for the states up to the last tail of every cut sequence, `state_line` chunks each, in
+  // equal shares of their own (the first `state_more` have one chunk more).
+  int state_line, state_units, state_share, state_more;
+  int state_cuts_shift;      // packed: parts of a unit in the walk for the states: a power of two
   std::int64_t items;        // units x slots of a bundle
-  std::int64_t state_items;  // x parts
+  std::int64_t state_items;  // shares or parts of the walk for the states x slots of a bundle
+  std::int64_t state_slots;  // states that it may leave
 };
 
 // Grains of a sequence: an empty one has one, because its state is passed through.
@@ -87,85 +95,159 @@ constexpr std::int64_t ssd_scan_snap(std::int64_t at, std::int64_t grains, int s
   return grains - at <= snap ? grains - at : 0;
 }
 
+// ---- where units and the shares of the walk for the states lie; sequences that are not packed
+
+// `left` grains from grain `grain` of sequence `line` (of bundle line / rows) on, of which every
+// sequence gives those before `stop`.
+struct SsdRun {
+  int line, grain, left, stop;
+};
+
+// Where unit `u` begins in the line of heads.
+constexpr int ssd_scan_head_cut(const SsdScanSm90Config& c, int u) {
+  const int at = ssd_scan_cut(c.share, c.more, u);
+  return at + static_cast<int>(ssd_scan_snap(at % c.head, c.head, c.snap));
+}
+// What a unit walks of cut sequences.
+constexpr SsdRun ssd_scan_cut_run(const SsdScanSm90Config& c, int unit) {
+  if (unit >= c.head_units) {
+    const int line = (unit - c.head_units) / c.tails;
+    const int tail = unit - c.head_units - line * c.tails;
+    return {line, c.head + tail * c.tail, c.tail, static_cast<int>(c.grains)};
+  }
+  const int begin = ssd_scan_head_cut(c, unit), line = begin / c.head;
+  return {line, begin - line * c.head, ssd_scan_head_cut(c, unit + 1) - begin, c.head};
+}
+// And of whole ones.
+constexpr SsdRun ssd_scan_whole_run(const SsdScanSm90Config& c, int unit) {
+  const int grains = static_cast<int>(c.grains);
+  return {c.cut_lines + unit * c.wholes, 0, c.wholes * grains, grains};
+}
+
+// The first cut of cut sequence `line` beyond chunk `chunk`, in chunks, and the unit that begins
+// there.
+struct SsdNextCut {
+  int chunk, unit;
+};
+constexpr SsdNextCut ssd_scan_next_cut(const SsdScanSm90Config& c, int line, int chunk) {
+  const int grain = chunk >> c.grain_shift;
+  if (grain >= c.head) {
+    const int tail = (grain - c.head) / c.tail + 1;
+    return {(c.head + tail * c.tail) << c.grain_shift, c.head_units + line * c.tails + tail};
+  }
+  const int before = line * c.head, at = before + grain;
+  int u = (at > c.snap ? at - c.snap : 0) / (c.share + 1);  // begins no later than `at`
+  while (u < c.head_units && ssd_scan_head_cut(c, u) <= at) ++u;
+  const int cut = ssd_scan_head_cut(c, u) - before;
+  if (cut >= c.head) return {c.head << c.grain_shift, c.head_units + line * c.tails};
+  // Of several units that begin there, all but the last are empty.
+  while (u + 1 < c.head_units && ssd_scan_head_cut(c, u + 1) - before == cut) ++u;
+  return {cut << c.grain_shift, u};
+}
+
+// Where share `v` of the walk for the states begins, in chunks.
+constexpr int ssd_scan_state_cut(const SsdScanSm90Config& c, int v) {
+  return ssd_scan_cut(c.state_share, c.state_more, v);
+}
+// The share that holds chunk `chunk`.
+constexpr int ssd_scan_state_unit(const SsdScanSm90Config& c, int chunk) {
+  int v = chunk / (c.state_share + 1);
+  while (ssd_scan_state_cut(c, v + 1) <= chunk) ++v;
+  return v;
+}
+
 namespace detail {
 
 constexpr double kSsdStart = 1.5;  // a CTA's first loads and last stores, in chunks of its walk
-constexpr double kSsdStateChunk = 0.18;  // a chunk of the walk for the states
+constexpr double kSsdStateChunk = 0.28;  // a chunk of the walk for the states
 constexpr double kSsdStateStart = 1.2;   // its first loads and the store of a state
 constexpr double kSsdStateLaunch = 1;    // a second kernel
-constexpr double kSsdFold = 0.3;         // reading the state of a part
+constexpr double kSsdStatePiece = 0.4;   // a state stored on the way
+constexpr double kSsdFold = 0.7;         // reading a state
 constexpr double kSsdChunkUs = 2.2;      // a chunk of the main walk where HBM is not in the way
-// Parts of the copy's rate that are reached: by whole sequences side by side, by cut ones.
-constexpr double kSsdWhole = 0.95, kSsdCut = 0.8;
+// Parts of the copy's rate that are reached: by the main walk, by the one for the states.
+constexpr double kSsdReached = 0.95, kSsdStateReached = 0.8;
+constexpr double kSsdBeside = 0.1;  // of what computing or HBM takes less, not hidden by the other
+constexpr double kSsdGain = 0.97;   // a plan with cuts must be as much faster than one without
+constexpr std::int64_t kSsdLeast = 4;  // chunks of a share
 
 // Time of HBM for one grain of a line, in chunks of the main walk.
 struct SsdTraffic {
   double main, state;
 };
 
-struct SsdCuts {
+// SsdScanSm90Config tells what these are.
+struct SsdPlan {
+  std::int64_t units, wholes, cut_lines, tails, tail, head, head_units, state_units;
   double time;  // in chunks of the main walk
-  std::int64_t units;
-  int state_cuts_shift;
 };
 
-// The time of `units` units for `lines` sequences of `grains` chunks each (of all bundles), with
-// `at_once` units on the machine.
-constexpr SsdCuts ssd_scan_time(std::int64_t lines, std::int64_t grains, std::int64_t units,
-                                std::int64_t at_once, int snap, SsdTraffic hbm) {
-  const std::int64_t line = lines * grains, share = line / units;
-  // Grains to walk for states, the units that have any, the most of a unit.
-  std::int64_t walked = 0, walks = 0, longest = 0, size = 0, before = 0;
-  for (std::int64_t u = 1; u <= units; ++u) {
-    std::int64_t at = ssd_scan_cut(share, line % units, u);
-    at += ssd_scan_snap(at % grains, grains, snap);
-    const std::int64_t inside = at % grains, own = at - before;
-    size = own > size ? own : size;
-    const std::int64_t walk = inside < own ? inside : own;
-    walked += walk, walks += walk > 0;
-    longest = walk > longest ? walk : longest;
-    before = at;
+constexpr double most_of(double a, double b) { return a > b ? a : b; }
+constexpr double side_by_side(double a, double b) {
+  return a > b ? a + kSsdBeside * b : b + kSsdBeside * a;
+}
+
+// `units` units for `lines` sequences of `grains` chunks, of all bundles: whole sequences as far as
+// they can be dealt out evenly.  Of the others every sequence ends in as many whole units as it
+// can, because only what lies before the last of them has to be walked for the state.
+constexpr SsdPlan ssd_scan_plan(std::int64_t lines, std::int64_t grains, std::int64_t units,
+                                std::int64_t at_once, SsdTraffic hbm) {
+  SsdPlan best = {};
+  const std::int64_t wholes = lines / units, cut = lines - wholes * units;
+  const double of_wholes = static_cast<double>(wholes) * (static_cast<double>(grains) + kSsdStart);
+  const double moved = static_cast<double>(lines * grains) * hbm.main / kSsdReached + kSsdStart;
+  if (cut == 0) {
+    const double waves = static_cast<double>(ceil_div(units, at_once));
+    best = {units, wholes, 0, 0, 0, 0, 0, 0, side_by_side(waves * of_wholes, moved)};
+    return best;
   }
-  const double pieces = 1 + static_cast<double>(share) / static_cast<double>(grains);
-  const double waves = static_cast<double>(ceil_div(units, at_once));
-  const double computed = waves * (static_cast<double>(size) + kSsdStart * pieces);
-  const double moved =
-      static_cast<double>(line) * hbm.main / (walked == 0 ? kSsdWhole : kSsdCut) + kSsdStart;
-  const double main = computed > moved ? computed : moved;
-  SsdCuts best = {main, units, 0};
-  if (walked == 0) return best;
-  for (int shift = 0; shift <= 3; ++shift) {
-    const std::int64_t cuts = std::int64_t{1} << shift;
-    const double part = static_cast<double>(ceil_div(longest, cuts));
-    const double parts = static_cast<double>(ceil_div(walks * cuts, at_once));
-    const double even = static_cast<double>(walked) / static_cast<double>(at_once);
-    const double walk =
-        0.5 * (even + parts * part);  // between evenly and all as long as the longest
-    const double products = kSsdStateChunk * walk;
-    const double traffic = static_cast<double>(walked) * hbm.state / kSsdCut;
-    const double states = parts * kSsdStateStart + (products > traffic ? products : traffic);
-    const double folds = kSsdFold * static_cast<double>(cuts) * waves;
-    const double time = main + kSsdStateLaunch + states + folds;
-    if (shift == 0 || time < best.time) best = {time, units, shift};
+  const std::int64_t parts = units / cut, tails = parts * cut == units ? parts - 1 : parts;
+  const std::int64_t head_units = units - tails * cut, even = cut * grains / units;
+  for (std::int64_t tail = even > 8 ? even - 8 : 1; tail <= even + 2; ++tail) {
+    const std::int64_t head = grains - tails * tail, line = grains - tail;
+    if (tail < kSsdLeast || head < 1) continue;
+    const std::int64_t share = ceil_div(cut * head, head_units), walked = cut * line;
+    const double pieces =
+        cut == head_units ? 1. : 1. + static_cast<double>(share) / static_cast<double>(head);
+    // The walk for the states in as many shares as fit at once, or in whole ones of every sequence,
+    // which are longer, but fewer of them meet in a sequence.
+    const std::int64_t most = ceil_div(walked, kSsdLeast), fit = most < at_once ? most : at_once;
+    for (const std::int64_t shares : {fit, fit / cut * cut}) {
+      if (shares < 1) continue;
+      const std::int64_t walk = ceil_div(walked, shares);
+      const bool aligned = shares % cut == 0 && walk * shares == walked;
+      const auto folds = [&](std::int64_t before) {
+        return kSsdFold * static_cast<double>(ceil_div(before, walk) + (aligned ? 0 : 1));
+      };
+      const double of_tail = static_cast<double>(tail) + kSsdStart + folds(line);
+      const double of_head =
+          static_cast<double>(share) + kSsdStart * pieces + (cut == head_units ? 0. : folds(head));
+      // Cuts of the main walk and ends of sequences in a share.
+      const std::int64_t ends = aligned && tails == 1 ? 0 : ceil_div(walk * tails, line);
+      const double states = kSsdStateStart + kSsdStatePiece * static_cast<double>(ends) +
+                            most_of(kSsdStateChunk * static_cast<double>(walk),
+                                    static_cast<double>(walked) * hbm.state / kSsdStateReached);
+      const double time =
+          side_by_side(of_wholes + most_of(of_tail, of_head), moved) + kSsdStateLaunch + states;
+      if (best.units == 0 || time < best.time)
+        best = {units, wholes, cut, tails, tail, head, head_units, shares, time};
+    }
   }
   return best;
 }
 
-// Cuts `lines` sequences of `grains` chunks each: whole sequences, equal parts of them, or as many
-// equal shares as the machine takes at once.
-constexpr SsdCuts ssd_scan_cuts(std::int64_t lines, std::int64_t grains, std::int64_t at_once,
-                                int snap, SsdTraffic hbm) {
-  constexpr std::int64_t kLeast = 4;  // chunks of a unit
-  constexpr std::int64_t kWaves = 4;  // of units that are tried: more sequences need no cuts
-  if (lines > kWaves * at_once) return {0, lines, 0};
-  SsdCuts best = ssd_scan_time(lines, grains, lines, at_once, snap, hbm);
+// Cuts `lines` sequences of `grains` chunks each: not at all, into equal parts, or into as many
+// shares as the machine takes at once.
+constexpr SsdPlan ssd_scan_cuts(std::int64_t lines, std::int64_t grains, std::int64_t at_once,
+                                SsdTraffic hbm) {
+  SsdPlan best = ssd_scan_plan(lines, grains, lines, at_once, hbm);
+  best.time *= kSsdGain;
   const auto attempt = [&](std::int64_t units) {
-    if (units > kWaves * at_once || units * kLeast > lines * grains) return;
-    const SsdCuts c = ssd_scan_time(lines, grains, units, at_once, snap, hbm);
-    if (c.time < best.time) best = c;
+    const SsdPlan plan = ssd_scan_plan(lines, grains, units, at_once, hbm);
+    if (plan.units > 0 && plan.time < best.time) best = plan;
   };
   attempt(at_once);
-  for (std::int64_t n = 2; n <= 16; ++n) attempt(lines * n);
+  for (std::int64_t n = 2; n * lines <= at_once; ++n) attempt(n * lines);
   return best;
 }
 
@@ -218,43 +300,62 @@ constexpr SsdScanSm90Config select_ssd_scan_sm90_config(const SsdScanSm90Shape& 
   c.bundles = c.head_slots / c.width;
   const std::int64_t at_once = sms < c.width ? 1 : sms / c.width;
   constexpr int kSnap = 2, kInvariantShift = 5;  // 2^5 chunks are 2048 tokens
-  constexpr std::int64_t kLeast = 4;             // grains of a unit, on average
+  constexpr int kInvariantCuts = 2;              // 2^2 shares of them for the states
   const bool packed = s.sequences > 0;
   c.grain_shift = invariant ? kInvariantShift : 0;
   c.snap = invariant ? 0 : kSnap;
-  c.state_cuts_shift = invariant ? 2 : 1;
   c.grains = ssd_scan_grains(s.tokens, c.grain_shift);
   const std::int64_t lines = c.bundles * (packed ? s.sequences : s.rows);
-  c.line = lines * c.grains;
-  if (packed)  // every sequence may add a grain that is not full
+  if (packed) {  // lengths are known to the device alone; every sequence may end in a part of a
+                 // grain
+    c.state_cuts_shift = invariant ? kInvariantCuts : 1;
     c.line = c.bundles * ((s.tokens / kSsdChunk >> c.grain_shift) + s.sequences);
-  if (invariant) {
-    c.units = c.line;
-    c.cut = c.grains > 1;
-  } else if (packed) {  // lengths are known to the device alone
-    const std::int64_t useful = ceil_div(c.line, kLeast);
-    c.units = useful < at_once ? useful : at_once;
-    c.cut = c.units > 1 && c.grains > 2 * kSnap + 1;
+    const std::int64_t useful = ceil_div(c.line, detail::kSsdLeast);
+    c.units = invariant ? c.line : useful < at_once ? useful : at_once;
+    c.cut = invariant ? c.grains > 1 : c.units > 1 && c.grains > 2 * kSnap + 1;
+    if (!c.cut) {  // a grain is a whole sequence
+      c.grain_shift = 25;
+      c.grains = 1;
+      c.units = c.line = lines;
+      c.wholes = 1;
+    }
+    c.items = c.units * c.width;
+    c.state_items = c.state_slots = c.cut ? c.items << c.state_cuts_shift : 0;
+    return c;
+  }
+  c.line = lines * c.grains;
+  detail::SsdPlan plan = {};
+  if (invariant && c.grains > 1) {  // every grain a unit
+    plan = {c.line, 0, lines, c.grains - 1, 1, 1, lines, 0, 0};
+    plan.state_units = (c.grains - 1) * lines << kInvariantCuts;
+  } else if (invariant || lines == 0) {
+    plan = {lines, 1, 0, 0, 0, 0, 0, 0, 0};
   } else {
     // Elements of a token: x and B; all that is read and written.
     const std::int64_t inputs = s.x_heads * s.head_dim + s.b_heads * s.state_dim;
     const std::int64_t all = inputs + s.c_heads * s.state_dim + 2 * s.heads * s.head_dim;
     const double us = 2.0 * kSsdChunk / (1e3 * machine.gb_s) / static_cast<double>(c.bundles);
-    const detail::SsdTraffic hbm = {static_cast<double>(all) * us / detail::kSsdChunkUs,
-                                    static_cast<double>(inputs) * us / detail::kSsdChunkUs};
-    const detail::SsdCuts cuts = detail::ssd_scan_cuts(lines, c.grains, at_once, c.snap, hbm);
-    c.units = cuts.units, c.state_cuts_shift = cuts.state_cuts_shift;
-    c.cut = c.units != lines;
+    plan = detail::ssd_scan_cuts(lines, c.grains, at_once,
+                                 {static_cast<double>(all) * us / detail::kSsdChunkUs,
+                                  static_cast<double>(inputs) * us / detail::kSsdChunkUs});
   }
-  if (packed && !c.cut) {  // a grain is a whole sequence
-    c.grain_shift = 25;
-    c.grains = 1;
-    c.units = c.line = lines;
+  const auto narrow = [](std::int64_t v) { return static_cast<int>(v); };
+  c.units = plan.units;
+  c.wholes = narrow(plan.wholes), c.cut_lines = narrow(plan.cut_lines);
+  c.tails = narrow(plan.tails), c.tail = narrow(plan.tail), c.head = narrow(plan.head);
+  c.head_units = narrow(plan.head_units), c.state_units = narrow(plan.state_units);
+  c.cut = plan.cut_lines > 0;
+  if (c.cut) {
+    const std::int64_t heads = plan.cut_lines * plan.head;
+    c.share = narrow(heads / plan.head_units), c.more = narrow(heads % plan.head_units);
+    c.state_line = narrow((c.grains - plan.tail) << c.grain_shift);
+    const std::int64_t walked = plan.cut_lines * ((c.grains - plan.tail) << c.grain_shift);
+    c.state_share = narrow(walked / plan.state_units);
+    c.state_more = narrow(walked % plan.state_units);
   }
-  c.share = c.units == 0 ? 0 : c.line / c.units;
-  c.more = c.units == 0 ? 0 : c.line % c.units;
   c.items = c.units * c.width;
-  c.state_items = c.cut ? c.items << c.state_cuts_shift : 0;
+  c.state_items = c.state_units * c.width;
+  c.state_slots = c.cut ? (c.state_units + c.units) * c.width : 0;
   return c;
 }
 

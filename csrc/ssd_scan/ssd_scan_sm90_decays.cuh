@@ -67,7 +67,7 @@ __device__ __forceinline__ void compute_decays(Decays* out, const float (&step)[
     const float t0 = s0 - __log2f(step[k][0]), t1 = s1 - __log2f(step[k][1]);
     reinterpret_cast<float2*>(out[k].s)[lane] = {s0, s1};
     reinterpret_cast<float2*>(out[k].t)[lane] = {t0, t1};
-    reinterpret_cast<float2*>(out[k].e)[lane] = {exp2_approx(s0), exp2_approx(s1)};
+    reinterpret_cast<float2*>(out[k].e)[lane] = {step[k][0], step[k][1]};
     out[k].w[lane] = split_factors<T>(exp2_approx(end - t0), exp2_approx(end - t1));
   }
 }
@@ -183,7 +183,7 @@ __device__ __forceinline__ void decay_walk(const SsdArgs& a, int warp, int warps
     mbarrier_wait(shared_at(Smem<kHeads>::kDecayEmpty) + slot, number / kSsdDecaySlots & 1 ^ 1);
     compute_decays<T, kHeads>(decays_of<kHeads, DecaysOf<kStatesOnly>>(shared_at(0), number), step,
                               rate);
-    arrive_warp(shared_at(Smem<kHeads>::kDecayFull) + slot);
+    mbarrier_arrive_warp(shared_at(Smem<kHeads>::kDecayFull) + slot);
     number += warps;
   }
 }

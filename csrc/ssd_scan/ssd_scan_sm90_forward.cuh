@@ -148,7 +148,7 @@ __device__ __forceinline__ void norm_walk(const SsdArgs& a) {
         *reinterpret_cast<float2*>(rstd + k * kQ) = {rsqrtf(first * (1.f / kP) + eps),
                                                      rsqrtf(second * (1.f / kP) + eps)};
       }
-      arrive_warp(shared_at(S::kRstdFull));
+      mbarrier_arrive_warp(shared_at(S::kRstdFull));
     }
   }
 }
@@ -187,7 +187,7 @@ struct StateWalk {
       *reinterpret_cast<float2*>(out + 8 * j) = {(upper ? y0 : x0) + other0,
                                                  (upper ? y1 : x1) + other1};
     }
-    arrive_warp(base + S::kSquaresFull, lane);
+    mbarrier_arrive_warp(base + S::kSquaresFull, lane);
   }
 
   // The norm of the chunk before (where there is one to do) and its rounding.
@@ -214,14 +214,14 @@ struct StateWalk {
   // but at once where z of the next chunk waits for the slot.
   __device__ __forceinline__ void publish() {
     fence_async_proxy();
-    arrive_warp(base + S::kYFull + 8 * y_slot(), lane);
+    mbarrier_arrive_warp(base + S::kYFull + 8 * y_slot(), lane);
   }
   // Where the output of the chunk before goes: to its z.
   __device__ __forceinline__ int y_slot() const {
     return (z.slot == 0 ? a.cfg.zy_slots : z.slot) - 1;
   }
 
-  // The state before the item: the sequence's initial state and the segments before this one.
+  // The state before the piece: the sequence's initial state and what was walked up to here.
   __device__ __forceinline__ void start(const Pieces<false>& item, int head, float (&h)[kRegs]) {
     const SsdScanParams& p = a.p;
     if (p.initial_state != nullptr && head < p.heads) {
@@ -230,28 +230,40 @@ struct StateWalk {
 #pragma unroll
       for (int i = 0; i < kRegs; ++i) h[i] = 0.f;
     }
+    if (item.grain == 0) return;
+    const int width = a.cfg.width, cuts = a.cfg.state_cuts_shift;
+    if (a.table == nullptr) {  // the shares that end between the sequence's begin and this piece's
+      const int bundle = item.head / (width * kHeads);
+      const int line = bundle * static_cast<int>(p.sequences) + item.sequence;
+      const int from = line * a.cfg.state_line, to = from + (item.grain << a.cfg.grain_shift);
+      int v = ssd_scan_state_unit(a.cfg, from);
+      for (; ssd_scan_state_cut(a.cfg, v + 1) <= to; ++v) fold(v * width + item.member(), h);
+      if (ssd_scan_state_cut(a.cfg, v) < to)
+        fold((a.cfg.state_units + item.unit()) * width + item.member(), h);
+      return;
+    }
     // Of the units before this one: those that the sequence comes from, the first of them first.
-    int from = item.unit;
+    int from = item.unit();
     for (int left = item.grain; left > 0;) {
       const int end = place_of(a, from).at;
       left -= end - place_of(a, --from).at;
     }
-    for (; from < item.unit; ++from) {
+    for (; from < item.unit(); ++from) {
       const int walked = item.unfinished(place_of(a, from), place_of(a, from + 1));
       const int chunks = walked << a.cfg.grain_shift, per = item.part_chunks(a, walked);
-      for (int cut = 0; cut * per < chunks; ++cut) {
-        const std::int64_t part =
-            ((static_cast<std::int64_t>(from) << a.cfg.state_cuts_shift) + cut) * a.cfg.width +
-            item.member;
-        const float decay = a.decays[part * kHeads + (kHeads == 2 ? unit : 0)];
-        const float4* const local = part_state<kRegs>(a, part, unit);
+      for (int cut = 0; cut * per < chunks; ++cut)
+        fold(((from << cuts) + cut) * width + item.member(), h);
+    }
+  }
+  // What the walk for the states left in a slot, after `h`.
+  __device__ __forceinline__ void fold(std::int64_t slot, float (&h)[kRegs]) {
+    const float decay = a.decays[slot * kHeads + (kHeads == 2 ? unit : 0)];
+    const float4* const local = slot_state<kRegs>(a, slot, unit);
 #pragma unroll
-        for (int i = 0; i < kRegs / 4; ++i) {
-          const float4 v = local[i * 128];
-          h[4 * i] = h[4 * i] * decay + v.x, h[4 * i + 1] = h[4 * i + 1] * decay + v.y;
-          h[4 * i + 2] = h[4 * i + 2] * decay + v.z, h[4 * i + 3] = h[4 * i + 3] * decay + v.w;
-        }
-      }
+    for (int i = 0; i < kRegs / 4; ++i) {
+      const float4 v = local[i * 128];
+      h[4 * i] = h[4 * i] * decay + v.x, h[4 * i + 1] = h[4 * i + 1] * decay + v.y;
+      h[4 * i + 2] = h[4 * i + 2] * decay + v.z, h[4 * i + 3] = h[4 * i + 3] * decay + v.w;
     }
   }
   __device__ __forceinline__ std::int64_t state_at(const Pieces<false>& item, int head) const {
@@ -341,7 +353,7 @@ struct StateWalk {
         gate[2 * k] = v.x, gate[2 * k + 1] = v.y;
       }
       wgmma_wait<1>(next);
-      arrive_warp(base + S::kPmEmpty + 8 * pm, lane);
+      mbarrier_arrive_warp(base + S::kPmEmpty + 8 * pm, lane);
 #pragma unroll
       for (int k = 0; k < 16; ++k) {
         const float2 v = unpack<T>(x[k / 4][k % 4]);
@@ -350,11 +362,11 @@ struct StateWalk {
         Y[2 * k + 1] = fmaf(own.y, v.y, next[2 * k + 1]);
         if (p.z != nullptr) Y[2 * k] *= gate[2 * k], Y[2 * k + 1] *= gate[2 * k + 1];
       }
-      arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
+      mbarrier_arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
       if (p.norm_weight != nullptr) share_squares(Y);
       ++number;
       wgmma_wait<0>(h);
-      arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
+      mbarrier_arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
       r.advance(cfg.stages);
       z.advance(cfg.zy_slots);
     }
@@ -389,13 +401,16 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   constexpr int kHeads = 128 / kP;
   using S = Smem<kHeads>;
   if (threadIdx.x == 0) {
-    init_barriers(S::kFull, a.cfg.stages, 1), init_barriers(S::kEmpty, a.cfg.stages, 12);
-    init_barriers(S::kDecayFull, kSsdDecaySlots, 1);
-    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 12);
+    init_barriers(S::kFull, a.cfg.stages, 1),
+        init_barriers(S::kEmpty, a.cfg.stages, 12 * kWarpArrivals);
+    init_barriers(S::kDecayFull, kSsdDecaySlots, kWarpArrivals);
+    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 12 * kWarpArrivals);
     init_barriers(S::kZyFull, a.cfg.zy_slots, 1);
-    init_barriers(S::kYFull, a.cfg.zy_slots, 8);
-    init_barriers(S::kPmFull, kSsdPmSlots, 4), init_barriers(S::kPmEmpty, kSsdPmSlots, 8);
-    init_barriers(S::kSquaresFull, 1, 8), init_barriers(S::kRstdFull, 1, 1);
+    init_barriers(S::kYFull, a.cfg.zy_slots, 8 * kWarpArrivals);
+    init_barriers(S::kPmFull, kSsdPmSlots, 4 * kWarpArrivals);
+    init_barriers(S::kPmEmpty, kSsdPmSlots, 8 * kWarpArrivals);
+    init_barriers(S::kSquaresFull, 1, 8 * kWarpArrivals);
+    init_barriers(S::kRstdFull, 1, kWarpArrivals);
     mbarrier_init_fence();
   }
   __syncthreads();

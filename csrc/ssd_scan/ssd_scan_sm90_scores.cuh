@@ -65,7 +65,7 @@ struct ScoreWalk {
       if (valid < kQ) clear_tail(valid, r.slot);
       fence_async_proxy();
       __syncwarp();
-      if (lane == 0) {
+      if (kWarpArrivals == 32 || lane == 0) {
         mbarrier_arrive(base + S::kPmFull + 8 * pm);
         mbarrier_arrive(base + S::kEmpty + 8 * r.slot);
         mbarrier_arrive(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots));
@@ -86,10 +86,26 @@ struct ScoreWalk {
   __device__ __forceinline__ void store(const float (&scores)[32], float s0, float s1,
                                         float2 (&t)[2][2], float skip, Decays& d,
                                         std::uint32_t out) {
+    {  // The diagonal, by d_i itself: exp2(s_i - t_i) loses digits of it where s is large.
+      const bool second = lane / 4 % 2;  // the lane that holds it has an odd row
+      float d0 = 0.f, d1 = 0.f;
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        if (n == warp) {
+          d0 = second ? scores[8 * n + 1] : scores[8 * n];
+          d1 = second ? scores[8 * n + 7] : scores[8 * n + 6];
+        }
+      __syncwarp();  // s is read
+      if (lane / 8 == lane % 4) {
+        d.s[row] = fmaf(d0, d.e[row], skip), d.s[row + 8] = fmaf(d1, d.e[row + 8], skip);
+        d.e[row] = exp2_approx(s0), d.e[row + 8] = exp2_approx(s1);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {  // 16 columns: above this warp's rows, on the diagonal, below
       std::uint32_t v[4] = {};
       if (n <= warp) {
+        const int i = lane / 4, j = lane % 4 * 2;  // of an 8 x 8 block
         if (n < 3) load_t(t[(n + 1) % 2], d, n + 1);
         float p[8];
 #pragma unroll
@@ -102,12 +118,6 @@ struct ScoreWalk {
           p[4 * m + 3] = scores[at + 3] * exp2_approx(s1 - tm.y);
         }
         if (n == warp) {
-          const int i = lane / 4, j = lane % 4 * 2;  // of an 8 x 8 block
-          __syncwarp();                              // s is read
-          if (i / 2 == j / 2) {
-            d.s[row] = (i == j ? p[0] : p[1]) + skip;
-            d.s[row + 8] = (i == j ? p[6] : p[7]) + skip;
-          }
           p[0] = j < i ? p[0] : 0.f, p[1] = j + 1 < i ? p[1] : 0.f;
           p[4] = p[5] = 0.f;
           p[6] = j < i ? p[6] : 0.f, p[7] = j + 1 < i ? p[7] : 0.f;

@@ -1,5 +1,5 @@
-// The walk for the states alone: what the units leave of the sequences they do not finish, and how
-// much of the state before it is left.
+// The walk for the states alone: up to where units begin inside a sequence, and how much of the
+// state before it is left.
 #pragma once
 
 #include "ssd_scan/ssd_scan_sm90_decays.cuh"
@@ -7,6 +7,13 @@
 namespace zebra::sm90 {
 
 constexpr int kStatesThreads = 384;
+
+// What the walk of a chunk must know of its piece, in shared memory beside the chunk's barriers.
+struct StateChunk {
+  int slot;   // of the state after it, -1 where the piece goes on
+  int flags;  // kBegins: a state begins; kLast: no more pieces
+  static constexpr int kBegins = 1, kLast = 2;
+};
 
 // B and x of every chunk: one warp.
 template <int kP>
@@ -18,23 +25,31 @@ __device__ __forceinline__ void load_states_walk(const SsdArgs& a) {
   const int per_x = heads / static_cast<int>(a.p.x_heads);
   const int per_b = heads / static_cast<int>(a.p.b_heads);
   const int bytes = cfg.state_stage_bytes;
+  StateChunk* const chunks = reinterpret_cast<StateChunk*>(shared_memory + S::kStateChunks);
   Ring r;
-  for (Pieces<true> item(a); item.next();) {
-    for (int c = 0, chunks = item.chunks(); c < chunks; ++c) {
+  Pieces<true> item(a);
+  for (bool more = item.next(); more;) {
+    int of_x[kHeads], of_b[kHeads];
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k)
+      of_x[k] = (item.head + k) / per_x, of_b[k] = (item.head + k) / per_b;
+    const int row = item.row, slot = item.slot;
+    int token = item.first, begins = item.fresh ? StateChunk::kBegins : 0;
+    for (int left = item.chunks(); left > 0; --left, token += kQ, begins = 0) {
+      if (left == 1) more = item.next();
       if (threadIdx.x % 32 == 0) {
         const std::uint32_t bar = shared_at(S::kFull) + 8 * r.slot;
         const std::uint32_t tile = shared_at(S::kTiles) + r.slot * bytes;
-        const int token = item.first + c * kQ;
         mbarrier_wait(shared_at(S::kEmpty) + 8 * r.slot, r.phase ^ 1);
+        chunks[r.slot] = {left == 1 ? slot : -1, more ? begins : begins | StateChunk::kLast};
         mbarrier_expect(bar, bytes);
 #pragma unroll
         for (int k = 0; k < kHeads; ++k) {
-          const int head = item.head + k;
           if (k == 0 || !cfg.share_b)
-            tma_load_5d(tile + k * cfg.b_step, &a.B, bar, 0, token, 0, head / per_b, item.row);
+            tma_load_5d(tile + k * cfg.b_step, &a.B, bar, 0, token, 0, of_b[k], row);
           if (k == 0 || cfg.x_step != 0)
             tma_load_5d(tile + cfg.x_offset - cfg.b_offset + k * cfg.x_step, &a.x, bar, 0, token, 0,
-                        head / per_x, item.row);
+                        of_x[k], row);
         }
       }
       r.advance(cfg.state_stages);
@@ -43,7 +58,8 @@ __device__ __forceinline__ void load_states_walk(const SsdArgs& a) {
 }
 
 // h^T = exp2(s_127) h^T + (w X)^T B, two chunks a step, so that the state is multiplied half as
-// often.  The x of one chunk is scaled while the product of the chunk before runs.
+// often.  The x of one chunk is scaled while the product of the chunk before runs, also where a
+// piece ends: the walk asks no piece where it lies, which takes as long as a step.
 template <typename T, int kP, int kN>
 __device__ __forceinline__ void states_walk(const SsdArgs& a) {
   constexpr int kHeads = 128 / kP, kRegs = kN / 2;
@@ -56,77 +72,89 @@ __device__ __forceinline__ void states_walk(const SsdArgs& a) {
   const std::uint32_t offset =
       keep(matrix_offset()) + cfg.x_offset - cfg.b_offset + unit * cfg.x_step;
   const int lane = keep(static_cast<int>(threadIdx.x % 32));
+  const StateChunk* const chunks =
+      reinterpret_cast<const StateChunk*>(shared_memory + S::kStateChunks);
   Ring r, x;            // of the product, of the scaling
-  unsigned number = 0;  // of the step, over all pieces
-  for (Pieces<true> item(a); item.next();) {
-    float h[kRegs];
+  unsigned number = 0;  // of the step
+  float h[kRegs], log2_decay = 0.f;
 #pragma unroll
-    for (int k = 0; k < kRegs; ++k) h[k] = 0.f;
-    float log2_decay = 0.f;
-    // x of the next chunk, the first or the second of a step.
-    const auto scale = [&](Scaled& out, int second) {
-      mbarrier_wait(base + S::kFull + 8 * x.slot, x.phase);
+  for (int k = 0; k < kRegs; ++k) h[k] = 0.f;
+  // x of the next chunk, the first or the second of a step, and what is known of it.
+  const auto scale = [&](Scaled& out, int second) {
+    mbarrier_wait(base + S::kFull + 8 * x.slot, x.phase);
+    const StateChunk chunk = chunks[x.slot];
+    const PairDecays& d = decays_of<kHeads, PairDecays>(base, number)[of];
+    const std::uint32_t tile = base + S::kTiles + x.slot * bytes + offset;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      std::uint32_t v[4];
+      ldmatrix_x4_trans(v, tile + k * 2048);
+      scale_tokens<T>(out[k], v, d.w + 32 * second + 8 * k, lane);
+    }
+    x.advance(cfg.state_stages);
+    return chunk;
+  };
+  const auto product = [&](const Scaled& scaled) {
+    const std::uint64_t db =
+        wgmma_descriptor(base + S::kTiles + r.slot * bytes + of * cfg.b_step, kTile);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma_rs<T, Major::kMN>(h, scaled[k], advance(db, 2048 * k));
+    wgmma_commit();
+  };
+  // A product is done, its tiles are free.
+  const auto release = [&] {
+    mbarrier_arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
+    r.advance(cfg.state_stages);
+  };
+  Scaled first, second;
+  wait_decays<kHeads>(base, number);
+  StateChunk next = scale(first, 0);
+  for (bool last = false; !last;) {
+    StateChunk chunk = next;
+    {
       const PairDecays& d = decays_of<kHeads, PairDecays>(base, number)[of];
-      const std::uint32_t tile = base + S::kTiles + x.slot * bytes + offset;
+      if (chunk.flags & StateChunk::kBegins) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        std::uint32_t v[4];
-        ldmatrix_x4_trans(v, tile + k * 2048);
-        scale_tokens<T>(out[k], v, d.w + 32 * second + 8 * k, lane);
-      }
-      x.advance(cfg.state_stages);
-    };
-    const auto product = [&](const Scaled& scaled) {
-      const std::uint64_t db =
-          wgmma_descriptor(base + S::kTiles + r.slot * bytes + of * cfg.b_step, kTile);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_rs<T, Major::kMN>(h, scaled[k], advance(db, 2048 * k));
-      wgmma_commit();
-    };
-    // A product is done, its tiles are free.
-    const auto release = [&] {
-      arrive_warp(base + S::kEmpty + 8 * r.slot, lane);
-      r.advance(cfg.state_stages);
-    };
-    Scaled first, second;
-    wait_decays<kHeads>(base, number);
-    scale(first, 0);
-    for (int left = item.chunks(); left > 0; left -= 2) {
-      {
-        const PairDecays& d = decays_of<kHeads, PairDecays>(base, number)[of];
+        for (int k = 0; k < kRegs; ++k) h[k] = 0.f;
+        log2_decay = d.log2_decay;
+      } else {
         const float decay = d.decay;
-        log2_decay += d.log2_decay;
 #pragma unroll
         for (int k = 0; k < kRegs; ++k) h[k] *= decay;
+        log2_decay += d.log2_decay;
       }
-      wgmma_fence(h);
-      product(first);
-      if (left > 1) {
-        scale(second, 1);
-        wgmma_fence();
-        // The descriptor of the second chunk: the first has not been released yet.
-        const Ring before = r;
-        r.advance(cfg.state_stages);
-        product(second);
-        r = before;
-        wgmma_wait<1>();
-        release();
-      }
-      arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
-      ++number;
-      if (left > 2) {
-        wait_decays<kHeads>(base, number);
-        scale(first, 0);
-      }
-      wgmma_wait<0>(h);
-      release();
     }
-    float4* const out = part_state<kRegs>(a, item.part, unit);
+    wgmma_fence(h);
+    product(first);
+    if (chunk.slot < 0) {
+      chunk = scale(second, 1);
+      wgmma_fence();
+      // The descriptor of the second chunk: the first has not been released yet.
+      const Ring before = r;
+      r.advance(cfg.state_stages);
+      product(second);
+      r = before;
+      wgmma_wait<1>();
+      release();
+    } else {
+      wgmma_wait<0>(h);  // it still reads what the next step scales
+    }
+    mbarrier_arrive_warp(base + S::kDecayEmpty + 8 * (number % kSsdDecaySlots), lane);
+    ++number;
+    last = chunk.flags & StateChunk::kLast;
+    if (!last) {
+      wait_decays<kHeads>(base, number);
+      next = scale(first, 0);
+    }
+    wgmma_wait<0>(h);
+    release();
+    if (chunk.slot < 0) continue;
+    float4* const out = slot_state<kRegs>(a, chunk.slot, unit);
 #pragma unroll
     for (int k = 0; k < kRegs / 4; ++k)
       out[k * 128] = make_float4(h[4 * k], h[4 * k + 1], h[4 * k + 2], h[4 * k + 3]);
     if (threadIdx.x % 128 == 0 && (kHeads == 2 || unit == 0))
-      a.decays[static_cast<std::int64_t>(item.part) * kHeads + of] = exp2_approx(log2_decay);
+      a.decays[static_cast<std::int64_t>(chunk.slot) * kHeads + of] = exp2_approx(log2_decay);
   }
 }
 
@@ -136,9 +164,10 @@ __global__ void __launch_bounds__(kStatesThreads, 1)
   constexpr int kHeads = 128 / kP;
   using S = Smem<kHeads>;
   if (threadIdx.x == 0) {
-    init_barriers(S::kFull, a.cfg.state_stages, 1), init_barriers(S::kEmpty, a.cfg.state_stages, 8);
-    init_barriers(S::kDecayFull, kSsdDecaySlots, 1);
-    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 8);
+    init_barriers(S::kFull, a.cfg.state_stages, 1),
+        init_barriers(S::kEmpty, a.cfg.state_stages, 8 * kWarpArrivals);
+    init_barriers(S::kDecayFull, kSsdDecaySlots, kWarpArrivals);
+    init_barriers(S::kDecayEmpty, kSsdDecaySlots, 8 * kWarpArrivals);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -148,6 +177,8 @@ __global__ void __launch_bounds__(kStatesThreads, 1)
     if (warp == 0) load_states_walk<kP>(a);
     if (warp > 0) decay_walk<T, kHeads, true>(a, warp - 1, 3);
   } else {
+    // Packed sequences may leave a CTA without a piece, and the walk asks for none.
+    if (a.table != nullptr && !Pieces<true>(a).next()) return;
     states_walk<T, kP, kN>(a);
   }
 }

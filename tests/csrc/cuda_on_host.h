@@ -16,6 +16,12 @@
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
+struct int4 {
+  int x, y, z, w;
+};
 
 namespace cuda_on_host {
 
@@ -50,6 +56,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
 }
 inline float __log2f(float v) { return std::log2(v); }
 inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 
 // What read(values of the lanes) gives, once all lanes have written theirs.
 template <typename Read>
@@ -74,6 +81,9 @@ inline unsigned __ballot_sync(unsigned, bool value) {
     for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(v[i]) << i;
     return bits;
   });
+}
+inline void __syncwarp() {
+  among_lanes(0, [](const int* v) { return v[0]; });
 }
 inline bool __any_sync(unsigned, bool value) { return __ballot_sync(0, value) != 0; }
 inline void __syncthreads() { cuda_on_host::cta.arrive_and_wait(); }

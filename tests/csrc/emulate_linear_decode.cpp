@@ -27,7 +27,7 @@ class Emulation {
       : s(shape),
         c(config),
         rows(static_cast<int>(s.rows)),
-        N(static_cast<int>(s.outputs)),
+        N(static_cast<int>(s.outputs + s.second_outputs)),
         K(static_cast<int>(s.K)),
         columns(c.tokens * c.slices) {
     std::mt19937 random(static_cast<unsigned>(rows * 7 + N * 13 + K));
@@ -42,13 +42,13 @@ class Emulation {
   }
 
   void run() {
-    const int all = zebra::ceil_div(N, c.unit);
     for (int cluster = 0; cluster < c.clusters; ++cluster) {
-      const int first = cluster * c.units, units = std::min(c.units, all - first);
+      const int first = cluster * c.units, units = std::min(c.units, c.all_units - first);
       if (units < 1) return fail("a cluster without work");
       for (int u = 0; u < units; ++u) {
-        for (int rank = 0; rank < c.cluster; ++rank) multiply_unit(rank, u, (first + u) * c.unit);
-        for (int rank = 0; rank < c.cluster; ++rank) finish_unit(rank, (first + u) * c.unit);
+        const Outputs of = outputs_of(first + u);
+        for (int rank = 0; rank < c.cluster; ++rank) multiply_unit(rank, u, of);
+        for (int rank = 0; rank < c.cluster; ++rank) finish_unit(rank, of);
       }
     }
     for (int m = 0; m < rows; ++m)
@@ -69,6 +69,17 @@ class Emulation {
   std::vector<float> weight, x, y;
   std::vector<float> memory;   // of a CTA, 64 elements a line of 128 bytes
   std::vector<float> d[2][2];  // sums of a CTA's warpgroups, [64 rows, columns]
+
+  // Outputs of a unit: its first, and where those of its weight end.  A second weight's follow on
+  // the first one's.
+  struct Outputs {
+    int first, end;
+  };
+  Outputs outputs_of(int unit) const {
+    const int own = static_cast<int>(s.outputs);
+    return unit < c.first_units ? Outputs{unit * c.unit, own}
+                                : Outputs{own + (unit - c.first_units) * c.unit, N};
+  }
 
   void fail(const char* what) const {
     ++failures;
@@ -95,13 +106,25 @@ class Emulation {
             first_row + r < end_row && k + e < K ? from[(first_row + r) * K + k + e] : 0;
   }
   // LinearLoader: the boxes of a stage.
-  void load(int stage, int k, int output) {
+  void load(int stage, int k, Outputs of) {
     for (int b = 0; b < c.boxes; ++b) {
       const int to = stage + b * c.weight_box, at = k + b * kBox;
-      copy_box(to, weight, output, N, at, c.box_rows);
-      if (s.swiglu) copy_box(to + c.second_offset, weight, N + output, 2 * N, at, c.box_rows);
-      copy_box(stage + c.x_offset + b * c.x_box, x, 0, rows, at, c.tokens);
+      copy_box(to, weight, of.first, of.end, at, c.box_rows);
+      if (s.swiglu) copy_box(to + c.second_offset, weight, N + of.first, 2 * N, at, c.box_rows);
+      if (!c.norms) copy_box(stage + c.x_offset + b * c.x_box, x, 0, rows, at, c.tokens);
     }
+  }
+  // LinearNorm: the rows that there are, zeros behind K; here without what a norm changes.
+  void load_h() {
+    if (c.h_offset % 1024 != 0 || c.h_offset + c.steps * c.boxes * c.x_box > c.gain_offset ||
+        c.gain_offset + 4 * K > c.smem_bytes)
+      fail("h or its gain past shared memory");
+    for (int u = 0; u < c.steps * c.boxes * 8; ++u)
+      for (int row = 0; row < rows; ++row)
+        for (int e = 0; e < 8; ++e) {
+          const int k = 8 * u + e, byte = c.h_offset + u / 8 * c.x_box + row * kLineBytes;
+          memory[byte / kLineBytes * kBox + u % 8 * 8 + e] = k < K ? x[row * K + k] : 0;
+        }
   }
   // A product of 64 lines from `w` on with as many lines from `v` on as there are columns.
   void multiply(std::vector<float>& sums, int w, int v) {
@@ -116,21 +139,23 @@ class Emulation {
       }
   }
   // LinearLoader::walk and LinearProduct::multiply_all for a unit, in turns.
-  void multiply_unit(int rank, int unit, int output) {
+  void multiply_unit(int rank, int unit, Outputs of) {
     const int first_step = rank == 0 ? 0 : c.steps / 2;
     const int steps = (c.cluster == 2 && rank == 0 ? c.steps / 2 : c.steps) - first_step;
     memory.assign(zebra::ceil_div(c.smem_bytes, kLineBytes) * kBox, kNaN);
     for (std::vector<float>& sums : d[rank]) sums.assign(64 * columns, 0);
+    if (c.norms) load_h();
     const int parts = c.row_tiles == 1 ? 2 : 1;  // warpgroups take turns along K, or rows
     for (int i = 0; i < steps; ++i) {
       const int slot = (unit * steps + i) % c.stages;
       const int stage = zebra::kLinearHeaderBytes + slot * c.stage_bytes;
-      load(stage, (first_step + i) * c.boxes * kBox, output);
+      load(stage, (first_step + i) * c.boxes * kBox, of);
       for (int group = 0; group < 2; ++group)
         for (int b = parts == 2 ? group * c.slices : 0; b < c.boxes; b += c.slices * parts)
           multiply(d[rank][group],
                    stage + (parts == 1 ? group * c.second_offset : 0) + b * c.weight_box,
-                   stage + c.x_offset + b * c.x_box);
+                   c.norms ? c.h_offset + (i * c.boxes + b) * c.x_box
+                           : stage + c.x_offset + b * c.x_box);
     }
   }
 
@@ -145,7 +170,7 @@ class Emulation {
     return v;
   }
   // LinearProduct::finish and write.
-  void finish_unit(int rank, int output) {
+  void finish_unit(int rank, Outputs of) {
     const bool in_parts = c.row_tiles == 1 && c.cluster == 1;
     const int staged = zebra::linear_staged_tokens(c.tokens, c.row_tiles);
     const int pitch = zebra::linear_staging_pitch(c.row_tiles), part_size = staged * pitch;
@@ -171,14 +196,14 @@ class Emulation {
         }
       }
       for (int t = 0; t < staged && from + t < rows; ++t)
-        for (int n = 0; n < c.unit && output + n < N; ++n) {
+        for (int n = 0; n < c.unit && of.first + n < of.end; ++n) {
           float v = 0;
           for (int slice = 0; slice < c.slices; ++slice) {
             const int at = t * pitch + slice * (c.weight_box / kLineBytes) + n;
             v += in_parts ? staging[at] + staging[part_size + at] : staging[at];
           }
           if (s.swiglu) v = combine(v, staging[t * pitch + 64 + n]);
-          float& to = y[(from + t) * N + output + n];
+          float& to = y[(from + t) * N + of.first + n];
           if (!std::isnan(to)) return fail("an output written twice");
           to = v;
         }
@@ -205,6 +230,10 @@ int main() {
             if (std::int64_t{rows} * N * K > 3000000) continue;
             const LinearDecodeSm90Shape s = {rows, N, K, swiglu};
             emulate(s, sms);
+            for (const int second : {30, 162})
+              if (!swiglu && K > 64)
+                emulate({rows, N, K, false, rows <= 8 && K % 8 == 0, true, second}, sms);
+            if (rows <= 8 && K % 8 == 0) emulate({rows, N, K, swiglu, true}, sms);
             if (rows > 32) emulate(s, sms, {1, 1, 0, -1});
             emulate(s, sms,
                     rows > 32 ? LinearDecodeSm90Tuning{2, 4, 60000, -1}
@@ -214,7 +243,13 @@ int main() {
   for (const LinearDecodeSm90Shape& s :
        {LinearDecodeSm90Shape{5, 4300, 200, false}, LinearDecodeSm90Shape{5, 2000, 300, false},
         LinearDecodeSm90Shape{20, 3000, 136, false}, LinearDecodeSm90Shape{3, 17000, 72, false},
-        LinearDecodeSm90Shape{40, 5000, 72, false}})
+        LinearDecodeSm90Shape{40, 5000, 72, false},
+        LinearDecodeSm90Shape{5, 2000, 304, false, true},
+        LinearDecodeSm90Shape{5, 2000, 304, false, true, true, 160},
+        LinearDecodeSm90Shape{5, 4096, 200, false, false, true, 224},
+        LinearDecodeSm90Shape{40, 4096, 72, false, false, true, 224},
+        LinearDecodeSm90Shape{5, 2048, 304, false, true, true, 0},
+        LinearDecodeSm90Shape{3, 17000, 72, false, true}})
     emulate(s, 132);
   std::printf("linear_decode: %d emulated, %d failures\n", emulated, failures);
   return failures == 0 ? 0 : 1;

@@ -1,6 +1,8 @@
 // Tile configurations are pure functions: check their promises over many problems, without CUDA.
 #include <cstdio>
 #include <initializer_list>
+#include <utility>
+#include <vector>
 
 #include "common/token_tile.h"
 #include "linear_decode/linear_decode_config.h"
@@ -55,19 +57,63 @@ void rms_norm_tiles_cover_a_row() {
 
 constexpr zebra::SsdMachine kH200 = {132, 4250};
 
-// Unpacked: walks the units as the CTAs do and finds every grain once, in order.
-void ssd_scan_units_cover_the_line(const zebra::SsdScanSm90Config& c, const char* where) {
-  std::int64_t before = 0;
-  bool inside = false;
-  for (std::int64_t u = 1; u <= c.units; ++u) {
-    std::int64_t at = zebra::ssd_scan_cut(c.share, c.more, u);
-    at += zebra::ssd_scan_snap(at % c.grains, c.grains, c.snap);
-    EXPECT(at >= before, "unit %ld of %s", static_cast<long>(u), where);
-    inside = inside || at % c.grains != 0;
-    before = at;
+// Not packed: walks the units as the CTAs do and finds every grain once; walks the shares of the
+// walk for the states, and finds that what every unit folds is what lies before it in its sequence.
+void ssd_scan_units_cover_the_line(const zebra::SsdScanSm90Config& c, std::int64_t lines,
+                                   const char* where) {
+  struct Range {
+    int line, from, to;  // chunks
+  };
+  std::vector<Range> slots(c.cut ? c.state_units + c.units : 0, Range{-1, 0, 0});
+  for (int v = 0; c.cut && v < c.state_units; ++v) {
+    int at = zebra::ssd_scan_state_cut(c, v);
+    const int end = zebra::ssd_scan_state_cut(c, v + 1);
+    EXPECT(end > at, "share %d of %s", v, where);
+    for (int begin = at; at < end;) {
+      const int line = at / c.state_line;
+      if (at == line * c.state_line) begin = at;  // afresh
+      const zebra::SsdNextCut cut = zebra::ssd_scan_next_cut(c, line, at - line * c.state_line);
+      const int next = line * c.state_line + cut.chunk;
+      EXPECT(next > at && cut.chunk <= c.state_line && cut.unit < c.units, "%s", where);
+      if (next <= at) break;
+      at = next < end ? next : end;
+      Range& slot = slots[next < end ? c.state_units + cut.unit : v];
+      EXPECT(slot.line < 0, "a slot is written twice in %s", where);
+      slot = {line, begin - line * c.state_line, at - line * c.state_line};
+    }
+    if (v + 1 == c.state_units) EXPECT(end == c.cut_lines * c.state_line, "%s", where);
   }
-  EXPECT(before == c.line, "%s", where);
-  EXPECT(c.cut || !inside, "%s", where);
+  std::vector<char> seen(lines * c.grains, 0);
+  const auto see = [&](int line, int grain, int size) {
+    EXPECT(size > 0 && line < lines && grain + size <= c.grains, "%s", where);
+    for (int g = grain; g < grain + size && line < lines && g < c.grains; ++g)
+      EXPECT(seen[line * c.grains + g]++ == 0, "line %d, grain %d of %s", line, g, where);
+  };
+  for (int u = 0; u < c.units; ++u) {
+    zebra::SsdRun r = {};
+    for (int i = 0; i < 2; ++i) {
+      if (i == 0 ? c.cut_lines == 0 : c.wholes == 0) continue;
+      r = i == 0 ? zebra::ssd_scan_cut_run(c, u) : zebra::ssd_scan_whole_run(c, u);
+      EXPECT(r.left >= 0 && (r.left == 0 || r.grain < r.stop), "unit %d of %s", u, where);
+      if (r.left > 0 && r.grain > 0) {
+        const int from = r.line * c.state_line, to = from + (r.grain << c.grain_shift);
+        int v = zebra::ssd_scan_state_unit(c, from), known = 0;
+        const auto fold = [&](const Range& slot) {
+          EXPECT(slot.line == r.line && slot.from == known, "unit %d of %s", u, where);
+          known = slot.to;
+        };
+        for (; zebra::ssd_scan_state_cut(c, v + 1) <= to; ++v) fold(slots[v]);
+        if (zebra::ssd_scan_state_cut(c, v) < to) fold(slots[c.state_units + u]);
+        EXPECT(known == to - from, "unit %d of %s", u, where);
+      }
+      for (; r.left > 0; ++r.line, r.grain = 0) {
+        const int size = r.stop - r.grain < r.left ? r.stop - r.grain : r.left;
+        see(r.line, r.grain, size);
+        r.left -= size;
+      }
+    }
+  }
+  for (std::size_t i = 0; i < seen.size(); ++i) EXPECT(seen[i] == 1, "grain %zu of %s", i, where);
 }
 
 void ssd_scan_cuts_cover_every_sequence(const zebra::SsdScanSm90Shape& s, bool invariant) {
@@ -80,13 +126,12 @@ void ssd_scan_cuts_cover_every_sequence(const zebra::SsdScanSm90Shape& s, bool i
   EXPECT(c.state_smem_bytes <= zebra::kSsdSm90SmemBytes && c.state_stages >= 2, "%s", where);
   EXPECT(c.heads * c.head_slots >= s.heads && c.width * c.bundles == c.head_slots, "%s", where);
   EXPECT(c.items == c.units * c.width && c.units >= 1, "%s", where);
-  EXPECT(c.state_items == (c.cut ? c.items << c.state_cuts_shift : 0), "%s", where);
-  EXPECT(c.share * c.units + c.more == c.line, "%s", where);
+  EXPECT(c.state_slots >= c.state_items && (c.state_items > 0) == c.cut, "%s", where);
   // A bundle holds whole groups of heads that read the same x and B.
   const std::int64_t group = s.heads / (s.x_heads > s.b_heads ? s.x_heads : s.b_heads);
   const std::int64_t slots = group % c.heads == 0 ? group / c.heads : 1;
   EXPECT(c.width == 1 || c.width % slots == 0 || slots > 16, "%s", where);
-  if (s.sequences == 0) ssd_scan_units_cover_the_line(c, where);
+  if (s.sequences == 0) ssd_scan_units_cover_the_line(c, s.rows * c.bundles, where);
   if (s.sequences > 0 && !c.cut) EXPECT(c.units == c.bundles * s.sequences, "%s", where);
   if (invariant && c.cut) EXPECT(1 << c.grain_shift == 2048 / zebra::kSsdChunk, "%s", where);
 }
@@ -226,11 +271,22 @@ void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s
   const zebra::LinearDecodeSm90Config c = zebra::select_linear_decode_sm90_config(s, sms);
   const auto N = static_cast<long>(s.outputs), K = static_cast<long>(s.K);
   const auto rows = static_cast<long>(s.rows);
-#define EXPECT_HERE(condition) EXPECT(condition, "%ld rows, N %ld, K %ld, %d SMs", rows, N, K, sms)
+  const auto other = static_cast<long>(s.second_outputs);
+#define EXPECT_HERE(condition) \
+  EXPECT(condition, "%ld rows, N %ld + %ld, K %ld, %d SMs", rows, N, other, K, sms)
   EXPECT_HERE(c.tokens >= s.rows && (c.tokens == 8 || c.tokens < 2 * s.rows));
   EXPECT_HERE(c.unit >= 8 && c.unit <= (s.swiglu ? 64 : 128) && c.unit <= 64 * c.row_tiles);
-  const std::int64_t covered = std::int64_t{c.clusters} * c.units * c.unit;
-  EXPECT_HERE(covered >= s.outputs && covered - std::int64_t{c.units} * c.unit < s.outputs);
+  const auto cover = [&](std::int64_t units, std::int64_t outputs) {
+    return units * c.unit >= outputs && (units - 1) * c.unit < outputs;
+  };
+  EXPECT_HERE(cover(c.first_units, s.outputs));
+  EXPECT_HERE(cover(c.all_units - c.first_units, s.second_outputs));
+  EXPECT_HERE(c.clusters * c.units >= c.all_units && (c.clusters - 1) * c.units < c.all_units);
+  EXPECT_HERE(c.projects == s.projects && (!s.projects || c.unit % 2 == 0));
+  EXPECT_HERE(!s.projects ||
+              (c.tokens_offset % 16 == 0 &&
+               c.tokens_offset >= c.gain_offset + (c.norms ? 4 * K : 0) &&
+               c.tokens_offset + zebra::kLinearTokenBytes * c.tokens <= c.smem_bytes));
   EXPECT_HERE(c.clusters * c.cluster <= (sms < c.cluster ? c.cluster : sms));
   EXPECT_HERE(std::int64_t{c.steps} * c.boxes * 64 >= s.K &&
               std::int64_t{c.steps - 1} * c.boxes * 64 < s.K);
@@ -254,13 +310,16 @@ void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s
   EXPECT_HERE(merged == 0 ? in_ring
               : in_ring   ? c.units == 1 && c.merge_offset + merged <= c.staging_offset
                           : c.merge_offset + merged <= c.smem_bytes);
-  const int held = (in_ring ? c.smem_bytes : c.merge_offset) - c.staging_offset;
+  const int held = (in_ring ? c.h_offset : c.merge_offset) - c.staging_offset;
   EXPECT_HERE(held >= parts * zebra::linear_staged_tokens(c.tokens, c.row_tiles) *
                           zebra::linear_staging_pitch(c.row_tiles) * 4);
   EXPECT_HERE(c.cluster == 1 || held >= c.tokens / 2 * 64 * c.row_tiles * 4);
+  EXPECT_HERE(!c.norms || (s.norm && c.cluster == 1 && c.h_offset % 1024 == 0 &&
+                           c.gain_offset - c.h_offset >= c.steps * c.boxes * c.x_box &&
+                           c.gain_offset + 4 * K <= c.smem_bytes));
   // How sums are split must not depend on the GPU.
-  const zebra::LinearDecodeSm90Config other = zebra::select_linear_decode_sm90_config(s, 78);
-  EXPECT_HERE(c.cluster == other.cluster && c.slices == other.slices);
+  const zebra::LinearDecodeSm90Config elsewhere = zebra::select_linear_decode_sm90_config(s, 78);
+  EXPECT_HERE(c.cluster == elsewhere.cluster && c.slices == elsewhere.slices);
   EXPECT_HERE(c.boxes % c.slices == 0 && (c.slices == 1 || c.slices * c.weight_box <= 8192));
   // Enough of the weight on its way, where there is that much.
   const int wanted = c.stages * c.boxes * c.unit * 128 * (s.swiglu ? 2 : 1);
@@ -275,13 +334,28 @@ void linear_decode_tiles_fit() {
       for (const std::int64_t K : {1, 64, 72, 1000, 2048, 4096, 14336})
         for (std::int64_t N = 1; N < 300000; N += N < 300 ? 1 : N / 7)
           for (const bool swiglu : {false, true})
-            linear_decode_units_cover_the_outputs({rows, N, K, swiglu}, sms);
+            for (const bool norm : {false, true}) {
+              linear_decode_units_cover_the_outputs({rows, N, K, swiglu, norm}, sms);
+              if (swiglu || N > 30000) continue;
+              for (const std::int64_t second : {0, 2, 224, 576})
+                linear_decode_units_cover_the_outputs({rows, N, K, false, norm, true, second}, sms);
+            }
   // The shapes of decoding on an H200: the share of the busiest multiprocessor is near the mean.
   for (const std::int64_t N : {2048, 2208, 3264, 4096, 4320, 10272, 14336, 128256}) {
     const zebra::LinearDecodeSm90Config c =
         zebra::select_linear_decode_sm90_config({8, N, 4096, false}, 132);
     EXPECT(132.0 * c.units * c.unit < 1.05 * static_cast<double>(N), "N %ld", static_cast<long>(N));
   }
+  for (const auto& [N, second] : {std::pair{2048, 160}, {3072, 192}, {4096, 224}}) {
+    const zebra::LinearDecodeSm90Config c =
+        zebra::select_linear_decode_sm90_config({1, N, N, false, true, true, second}, 132);
+    EXPECT(c.units == 1 && 132.0 * c.unit < 1.08 * (N + second), "N %d", N);
+  }
+  static_assert(!zebra::linear_is_for_aten(64, 14336, false) &&
+                zebra::linear_is_for_aten(65, 64, false) &&
+                !zebra::linear_is_for_aten(32, 128256, false) &&
+                zebra::linear_is_for_aten(33, 128256, false) &&
+                !zebra::linear_is_for_aten(128, 128256, true));
   for (const std::int64_t rows : {1, 8, 9, 16, 17, 128}) {
     const zebra::LinearDecodeConfig c = zebra::select_linear_decode_config(rows, 1000, true);
     EXPECT(c.tokens * c.ctas_tokens >= rows && c.ctas_outputs * zebra::kLinearTileRows >= 1000 &&

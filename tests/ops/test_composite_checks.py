@@ -80,7 +80,8 @@ def mla_project(rand):
 
 def mla_project_append(rand):
     slots = torch.arange(B * T).view(B, T)
-    return {**mla_project(rand), "cache": rand(5, 3, R + E), "slot_mapping": slots}
+    cache, gain = rand(5, 3, R + E), rand(K)
+    return {**mla_project(rand), "cache": cache, "slot_mapping": slots, "input_norm_weight": gain}
 
 
 def mla_attention(rand):
@@ -106,6 +107,11 @@ def linear_decode(rand):
     return {"x": rand(B, K), "norm_weight": rand(K), "activation": "swiglu", **rows}
 
 
+def linear_decode_apart(rand):
+    rows = {"weight": rand(3, K), "up_weight": rand(3, K), "bias": rand(6)}
+    return {"x": rand(B, K), "activation": "swiglu", **rows}
+
+
 def fused_kl_div(rand):
     student = {"student_hidden": rand(T, K), "student_weight": rand(9, K)}
     return {**student, "teacher_hidden": rand(T, 6), "teacher_weight": rand(9, 6)}
@@ -123,6 +129,7 @@ OPERATORS = [
     (mla_decode, ops.mla_decode, decode._mla_decode_composite),
     (mla_decode_latent, ops.mla_decode, decode._mla_decode_composite),
     (linear_decode, ops.linear_decode, linear._linear_decode_composite),
+    (linear_decode_apart, ops.linear_decode, linear._linear_decode_composite),
     (fused_kl_div, ops.fused_kl_div, kl._fused_kl_div_composite),
 ]
 

@@ -90,6 +90,59 @@ def test_linear_decode_composite_matches_reference(swiglu, dtype):
     check(subset, _linear_decode_composite, "linear_decode.matmul")
 
 
+def apart(args):
+    """The same call with gate and up as two parameters."""
+    gate, up = (w.clone() for w in args[1].chunk(2))
+    return {"args": (args[0], gate, *args[2:], 1e-5), "kwargs": {"up_weight": up}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [(1,), (4,), (2, 17), (128,), ()], ids=str)
+@pytest.mark.parametrize("outputs,K", [(40, 96), (65, 130), (7, 1000)])
+def test_linear_decode_takes_gate_and_up_apart(outputs, K, rows, dtype, device):
+    args = make(rows, outputs, K, dtype, device, swiglu=True)
+    call = apart(args)
+    got, want = ops.linear_decode(*call["args"], **call["kwargs"]), ops.linear_decode(*args)
+    truth = reference.linear_decode(*double(args))
+    factor = tolerances.factor(where(device, torch.Size(rows).numel()), dtype)
+    assert_close(got, truth, reference.linear_decode(*args), factor, "y")
+    torch.testing.assert_close(got, want)
+    wide = reference.linear_decode(
+        *double(call["args"]), up_weight=call["kwargs"]["up_weight"].double().cpu()
+    )
+    assert torch.equal(wide, truth)
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_linear_decode_takes_gate_and_up_as_views_of_one_weight(rows, device):
+    args = make((rows,), device=device, swiglu=True)
+    gate, up = args[1].chunk(2)
+    want = ops.linear_decode(*args)
+    got = ops.linear_decode(args[0], gate, *args[2:], up_weight=up)
+    torch.testing.assert_close(got, want)
+    turned = ops.linear_decode(  # the up rows below the gate rows
+        args[0], up, args[2], args[3].roll(40), *args[4:], up_weight=gate
+    )
+    swapped = torch.cat((up, gate))
+    torch.testing.assert_close(
+        turned, ops.linear_decode(args[0], swapped, args[2], args[3].roll(40), *args[4:])
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_decode_composite_takes_gate_and_up_apart(biased, dtype):
+    args = make((2, 3), dtype=dtype, swiglu=True)
+    if not biased:
+        args[3] = None
+    call = apart(args)
+    got = _linear_decode_composite(*call["args"], **call["kwargs"])
+    factor = tolerances.factor("linear_decode.matmul", dtype)
+    assert_close(
+        got, reference.linear_decode(*double(args)), reference.linear_decode(*args), factor, "y"
+    )
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(0, 35),
@@ -157,6 +210,11 @@ def test_linear_decode_passes_opcheck(rows, device):
             torch.ops.zebra.linear_decode.default,
             (*make((rows,), device=device, swiglu=swiglu), 1e-5),
         )
+
+
+def test_linear_decode_of_gate_and_up_apart_passes_opcheck(device):
+    call = apart(make((2,), device=device, swiglu=True))
+    torch.library.opcheck(torch.ops.zebra.linear_decode.default, call["args"], call["kwargs"])
 
 
 def test_linear_decode_compiles_fullgraph(device):
@@ -242,3 +300,38 @@ def test_linear_decode_rejects(case, device):
     args = alter(make(swiglu=True, device=device))
     message = "zebra::linear_decode: " + message
     assert_rejected(message, ops.linear_decode, _linear_decode_composite, *args)
+
+
+REJECTED_UPS = {
+    "shape": (lambda t: t[1:], r"up_weight must be \[N, K\] = \[40, 96\], got \[39, 96\]"),
+    "dtype": (torch.Tensor.half, "up_weight must be float32 like x"),
+    "columns": (
+        lambda t: t.t().contiguous().t(),
+        "up_weight must be contiguous in its last dimension",
+    ),
+    "stride": (
+        lambda t: torch.cat((t, t), 1)[:, :96],
+        "up_weight must be of rows as far apart as weight's, 96, got ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED_UPS)
+def test_linear_decode_rejects_up_weights(case, device):
+    alter, message = REJECTED_UPS[case]
+    call = apart(make(swiglu=True, device=device))
+    message = "zebra::linear_decode: " + message
+    kwargs = {"up_weight": alter(call["kwargs"]["up_weight"])}
+    assert_rejected(message, ops.linear_decode, _linear_decode_composite, *call["args"], **kwargs)
+
+
+def test_linear_decode_rejects_what_up_weight_excludes(device):
+    call = apart(make(swiglu=True, device=device))
+    args = list(call["args"])
+    args[3] = args[3][:40]
+    message = r"zebra::linear_decode: bias must be \[2 N\] = \[80\], got \[40\]"
+    both = ops.linear_decode, _linear_decode_composite
+    assert_rejected(message, *both, *args, **call["kwargs"])
+    args[5] = "none"
+    message = "zebra::linear_decode: up_weight must be None unless activation is 'swiglu', got "
+    assert_rejected(message, *both, *args, **call["kwargs"])

@@ -61,6 +61,33 @@ def test_linear_decode_kernel_matches_reference(outputs, K, rows, swiglu, dtype)
 
 @gpu
 @on_both
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 128])
+@pytest.mark.parametrize(("outputs", "K"), [(8, 64), (131, 1000), (14336, 72)])
+def test_linear_decode_kernel_takes_gate_and_up_apart(outputs, K, rows, dtype):
+    args = cuda(rows, outputs, K, dtype, swiglu=True)
+    want = check(args)
+    gate, up = args[1].chunk(2)
+    above, below = torch.full((2, outputs, K), float("nan"), device="cuda", dtype=dtype).unbind()
+    for first, second in ((gate.clone(), up.clone()), (above.copy_(gate), below.copy_(up))):
+        assert torch.equal(ops.linear_decode(args[0], first, *args[2:], up_weight=second), want)
+    below.copy_(gate), above.copy_(up)
+    assert torch.equal(ops.linear_decode(args[0], below, *args[2:], up_weight=above), want)
+
+
+@gpu
+@on_both
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("norm_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", range(1, 10))
+@pytest.mark.parametrize(("outputs", "K"), [(40, 8), (300, 4096), (2048, 2048), (500, 6152)])
+def test_linear_decode_kernel_norms(outputs, K, rows, norm_dtype, dtype):
+    x, w, n, *_ = cuda(rows, outputs, K, dtype, norm_dtype=norm_dtype)
+    check([x, w, n, None, None, "none"])
+
+
+@gpu
+@on_both
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 64, 128])
 def test_linear_decode_kernel_walks_several_units(rows, swiglu):
@@ -164,11 +191,19 @@ def test_linear_decode_sees_a_weight_written_just_before():
 
 
 @gpu
-@pytest.mark.parametrize(("rows", "dtype"), [(3, torch.float32), (129, torch.bfloat16)])
-def test_linear_decode_hands_the_rest_to_the_composite(rows, dtype):
-    args = cuda(rows, 70, 96, dtype)
-    want = torch.ops.zebra._linear_decode_composite(*args, 1e-5)
-    assert torch.equal(ops.linear_decode(*args), want)
+@pytest.mark.parametrize("kept", ["nb-", "nbr", "n-r", "---", "-br"])
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize(("rows", "outputs"), [(3, 70), (65, 70), (129, 70), (300, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_linear_decode_leaves_many_rows_and_float32_to_aten(dtype, rows, outputs, swiglu, kept):
+    args = cuda(rows, outputs, 96, dtype, swiglu)
+    for i, letter in enumerate(kept):
+        args[2 + i] = args[2 + i] if letter != "-" else None
+    check(args)
+    if swiglu:
+        weight = args[1]
+        apart = ops.linear_decode(args[0], weight[:outputs], *args[2:], up_weight=weight[outputs:])
+        assert_close(apart, ops.linear_decode(*args), ops.linear_decode(*args), 2, "apart")
 
 
 def config(**problem):
@@ -186,6 +221,13 @@ def test_linear_decode_shares_the_weight_evenly(outputs, rows):
     assert slots * c["units"] * c["unit"] < 1.06 * outputs
     assert c["smem_bytes"] <= 225 * 1024
     assert c["stages"] >= 3 or c["stages"] * c["cluster"] >= c["steps"] * c["units"]
+
+
+def test_linear_decode_norms_few_rows_itself():
+    for rows, K, own in ((1, 2048, True), (4, 4096, True), (5, 4096, False), (1, 8192, False)):
+        c = config(rows=rows, outputs=4096, K=K, norm=True)
+        assert c["norms"] is own and not config(rows=rows, outputs=4096, K=K)["norms"]
+        assert c["stages"] * c["stage_bytes"] >= 64 * 1024
 
 
 def test_linear_decode_has_tiles_for_its_rows_only():

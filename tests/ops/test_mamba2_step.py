@@ -84,7 +84,16 @@ def check(args, op=ops.mamba2_step):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    "shape", [(H, P, N, G, W), (4, 64, 64, 1, 4), (3, 7, 5, 3, 2), (8, 32, 128, 8, 3)], ids=str
+    "shape",
+    [
+        (H, P, N, G, W),
+        (4, 64, 64, 1, 4),
+        (3, 7, 5, 3, 2),
+        (8, 32, 128, 8, 3),
+        (6, 128, 128, 2, 4),
+        (2, 200, 64, 1, 4),
+    ],
+    ids=str,
 )
 def test_mamba2_step_matches_reference(shape, batch, dtype, device):
     heads, headdim, d_state, groups, width = shape
@@ -93,8 +102,10 @@ def test_mamba2_step_matches_reference(shape, batch, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("parameter_dtype", [None, torch.float32], ids=str)
-def test_mamba2_step_keeps_a_16_bit_state(parameter_dtype, dtype, device):
-    check(make(2, dtype, device, state_dtype=dtype, parameter_dtype=parameter_dtype))
+@pytest.mark.parametrize("d_state", [N, 64, 128])
+def test_mamba2_step_keeps_a_16_bit_state(d_state, parameter_dtype, dtype, device):
+    kinds = {"state_dtype": dtype, "parameter_dtype": parameter_dtype}
+    check(make(2, dtype, device, d_state=d_state, **kinds))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -310,6 +321,25 @@ def test_mamba2_step_survives_graph_replay_with_other_slots():
     graph.replay()
     for g, w in zip((y, args["conv_state"], args["ssm_state"]), want, strict=True):
         assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("op", [ops.mamba2_step, _mamba2_step_composite])
+def test_mamba2_step_takes_the_logarithm_of_the_decay(op, device):
+    args = make(device=device)
+    logs = {**args, "A": torch.log(-args["A"]), "A_is_log": True}
+    for name, got, want in zip(NAMES, run(logs, op), run(args, op), strict=True):
+        assert relative_error(got, want) < 1e-6, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d_state", [N, 128])
+def test_mamba2_step_gives_nan_for_a_slot_that_does_not_exist(d_state):
+    args = make(3, torch.bfloat16, "cuda", d_state=d_state, slots=3)
+    args["state_indices"] = torch.tensor([2, 3, 0], dtype=torch.int32, device="cuda")
+    y, conv, ssm = run(args)
+    assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
+    assert torch.equal(conv[1], args["conv_state"][1])
+    assert torch.equal(ssm[1], args["ssm_state"][1])
 
 
 def change(name, fn):

@@ -5,19 +5,15 @@ import tolerances
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mla_project_cases import DIMS, make, rejected, wide
 from refusals import assert_rejected
 
 from zebra import ops
 from zebra.ops import reference
-from zebra.ops.project import (
-    _mla_project_append_composite,
-    _mla_project_backward_composite,
-    _mla_project_composite,
-)
+from zebra.ops.project import _mla_project_backward_composite, _mla_project_composite
 from zebra.testing import assert_close, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TABLES = ("cos", "sin")
 GRADIENTS = (
     "hidden",
     "q_a_weight",
@@ -26,52 +22,6 @@ GRADIENTS = (
     "q_a_norm_weight",
     "kv_a_norm_weight",
 )
-# D, Rq, H, Dn, E, R
-DIMS = {
-    "1b_heads": (128, 84, 32, 32, 32, 128),
-    "3b_heads": (96, 64, 24, 64, 64, 128),
-    "8b_heads": (64, 128, 32, 64, 64, 160),
-    "odd": (33, 17, 3, 5, 6, 7),
-    "no_rope": (24, 16, 2, 8, 0, 16),
-    "no_nope": (24, 16, 2, 0, 8, 16),
-}
-
-
-def make(dims, dtype, device, shape=(2, 5), q_a=True, norms=False, norm_dtype=None, maxpos=64):
-    """Arguments of mla_project by name."""
-    D, Rq, H, Dn, E, R = dims
-    rank = Rq if q_a else D
-
-    def randn(*size):
-        return (torch.randn(size) / size[-1] ** 0.5).to(dtype).to(device)
-
-    def norm(size):
-        return (1 + 0.1 * torch.randn(size)).to(norm_dtype or dtype).to(device) if norms else None
-
-    angle = torch.randn(maxpos, E // 2, device=device)
-    return {
-        "hidden": randn(*shape, D) * D**0.5,
-        "q_a_weight": randn(Rq, D) if q_a else None,
-        "q_b_weight": randn(H * (Dn + E), rank),
-        "kv_a_weight": randn(R + E, D),
-        "cos": 1.3 * angle.cos(),  # a magnitude as YaRN has
-        "sin": 1.3 * angle.sin(),
-        "positions": torch.randint(0, maxpos, shape, device=device),
-        "num_heads": H,
-        "q_a_norm_weight": norm(rank),
-        "kv_a_norm_weight": norm(R),
-    }
-
-
-def wide(args):
-    """In fp64 on the CPU; the tables stay fp32."""
-
-    def convert(k, v):
-        if not isinstance(v, torch.Tensor):
-            return v
-        return v.cpu().double() if v.is_floating_point() and k not in TABLES else v.cpu()
-
-    return {k: convert(k, v) for k, v in args.items()}
 
 
 def run(fn, args, dq, dlatent):
@@ -226,102 +176,6 @@ def test_mla_project_gradient_of_one_output_alone(device):
         assert relative_error(got, want) < 1e-5
 
 
-# mla_project_append
-
-
-def with_cache(args, slots, pages=4, page=8):
-    """Adds a NaN cache with wide rows and the slots of every token."""
-    depth, hidden = args["kv_a_weight"].size(0), args["hidden"]
-    wide_cache = torch.full((pages, page + 1, depth + 3), float("nan")).to(hidden)
-    slot_mapping = torch.tensor(slots, dtype=torch.int64, device=hidden.device).view(
-        hidden.shape[:2]
-    )
-    return args | {"cache": wide_cache[:, :page, :depth], "slot_mapping": slot_mapping}
-
-
-APPENDS = [ops.mla_project_append, _mla_project_append_composite]
-
-
-@pytest.mark.parametrize("append", APPENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "slots",
-    [
-        [0, 1, 2, 3, 4, 5],
-        [31, 9, 8, 16, 0, 7],
-        [-1, -1, 5, -7, 0, -1],
-        [4, -1, -1, -1, -1, -1],
-        [-1] * 6,
-    ],
-    ids=str,
-)
-def test_mla_project_append_writes_its_slots_and_nothing_else(slots, dtype, append, device):
-    args = make(DIMS["odd"], dtype, device, (2, 3), norms=True)
-    want_q, want = ops.mla_project(**args)
-    args = with_cache(args, slots)
-    cache = args["cache"]
-    q, latent = append(**args)
-    tolerance = 4 * torch.finfo(dtype).eps
-    assert relative_error(q, want_q) < tolerance and relative_error(latent, want) < tolerance
-    expected = torch.full_like(cache, float("nan"))
-    for slot, row in zip(slots, latent.flatten(0, 1), strict=True):
-        if slot >= 0:
-            expected[slot // 8, slot % 8] = row
-    assert torch.equal(cache.nan_to_num(1e3), expected.nan_to_num(1e3))
-    base = cache._base if cache._base is not None else cache
-    assert base.isfinite().sum() == expected.isfinite().sum()  # nothing beside the view either
-
-
-@pytest.mark.parametrize("append", APPENDS)
-def test_mla_project_append_takes_pages_that_lie_between_each_other(append, device):
-    """The rows of all pages by offset: apart in memory, though a page's stride is the smaller."""
-    args = with_cache(make(DIMS["odd"], torch.float32, device, (2, 3)), [31, 9, 8, 16, 0, 7])
-    plain = args["cache"].clone()
-    append(**args | {"cache": plain})
-    mixed = args["cache"].transpose(0, 1).contiguous().transpose(0, 1)
-    append(**args | {"cache": mixed})
-    assert torch.equal(mixed.nan_to_num(1e3), plain.nan_to_num(1e3))
-
-
-@pytest.mark.parametrize("append", APPENDS)
-def test_mla_project_append_without_tokens_writes_nothing(append):
-    args = with_cache(make(DIMS["odd"], torch.float32, "cpu", (0, 3)), [])
-    q, latent = append(**args)
-    assert q.shape == (0, 3, 3, 11) and latent.shape == (0, 3, 13)
-    assert args["cache"].isnan().all()
-
-
-def test_mla_project_append_of_padding_accepts_an_empty_cache(device):
-    args = make(DIMS["odd"], torch.float32, device, (2, 3))
-    want = ops.mla_project(**args)
-    got = ops.mla_project_append(**with_cache(args, [-1] * 6, pages=0))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-def test_mla_project_append_checks_every_slot_before_it_writes():
-    args = with_cache(make(DIMS["odd"], torch.float32, "cpu", (2, 3)), [0, 1, 2, 3, 4, 32])
-    message = r"zebra::mla_project_append: slot_mapping must be negative \(not stored\) or at most "
-    with pytest.raises(RuntimeError, match=message + r"pages \* page - 1 = 31, got 32 at \[1, 2\]"):
-        ops.mla_project_append(**args)
-    assert args["cache"].isnan().all()
-
-
-def test_mla_project_append_then_decode_equals_attention(device):
-    H, Dn, E, R, G, Dv = 6, 8, 4, 20, 3, 10
-    args = make((32, 24, H, Dn, E, R), torch.float32, device, (2, 9))
-    args["positions"] = torch.arange(9, device=device).repeat(2, 1)
-    slots = [*range(16, 25), *range(32, 41)]  # sequence 0 in pages 2 and 3, 1 in 4 and 5
-    args = with_cache(args, slots, pages=6)
-    q, latent = ops.mla_project_append(**args)
-    weight = torch.randn(G * (Dn + Dv), R, device=device) / R**0.5
-    table = torch.tensor([[2, 3], [4, 5]], dtype=torch.int32, device=device)
-    lengths = torch.full((2,), 9, dtype=torch.int32, device=device)
-    got = ops.mla_decode(q, args["cache"], table, lengths, 0.3, weight, G)
-    kv = (latent[..., :R] @ weight.t()).unflatten(-1, (G, -1))
-    want = ops.mla_attention(q, kv, latent[..., R:], 0.3)
-    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
-
-
 @pytest.mark.parametrize("norms", [False, True])
 def test_mla_project_passes_opcheck(norms, device):
     args = make(DIMS["odd"], torch.float32, device, norms=norms)
@@ -331,30 +185,12 @@ def test_mla_project_passes_opcheck(norms, device):
     torch.library.opcheck(torch.ops.zebra.mla_project.default, (), args)
 
 
-def test_mla_project_append_passes_opcheck(device):
-    args = with_cache(make(DIMS["odd"], torch.float32, device, (2, 3)), [3, -1, 9, 8, 0, 31])
-    args["cache"] = torch.zeros_like(args["cache"])
-    torch.library.opcheck(torch.ops.zebra.mla_project_append.default, (), args)
-
-
 def test_mla_project_compiles_fullgraph(device):
     args = make(DIMS["odd"], torch.float32, device, norms=True)
     grads = output_gradients(args)
     compiled = torch.compile(ops.mla_project, fullgraph=True, backend="aot_eager")
     got, want = (run(fn, args, *grads) for fn in (compiled, ops.mla_project))
     assert all(torch.equal(got[k], want[k]) for k in want)
-
-
-def test_mla_project_append_compiles_fullgraph(device):
-    slots = [3, -1, 9, 8, 0, 31]
-    args = make(DIMS["odd"], torch.float32, device, (2, 3))
-    args = with_cache(args, slots) | {"cache": torch.zeros(4, 8, 13, device=device)}
-    want_cache = args["cache"].clone()
-    want = ops.mla_project_append(**args | {"cache": want_cache})
-    compiled = torch.compile(ops.mla_project_append, fullgraph=True, backend="aot_eager")
-    got = compiled(**args)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert torch.equal(args["cache"], want_cache)
 
 
 def test_mla_project_is_deterministic(device):
@@ -372,21 +208,6 @@ def test_mla_project_keeps_nan_in_its_token(device):
     for out in ops.mla_project(**args):
         assert out[1, 2].isnan().all()
         assert out[0].isfinite().all() and out[1, [0, 1, 3, 4]].isfinite().all()
-
-
-@pytest.mark.gpu
-def test_mla_project_append_survives_graph_replay_with_other_slots():
-    args = with_cache(make(DIMS["odd"], torch.bfloat16, "cuda", (2, 3)), [0, 1, 2, 3, 4, 5])
-    ops.mla_project_append(**args)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ops.mla_project_append(**args)
-    for slots in ([8, -1, 9, -1, -1, 31], [-1] * 6):
-        args["slot_mapping"].copy_(torch.tensor(slots).view(2, 3))
-        args["cache"].fill_(float("nan"))
-        graph.replay()
-        written = args["cache"].isfinite().all(-1).flatten().nonzero().flatten().tolist()
-        assert written == sorted(s for s in slots if s >= 0)
 
 
 REJECTED = {
@@ -445,10 +266,6 @@ REJECTED_ON_CPU = {
 }
 
 
-def rejected(args, changes):
-    return args | {k: change(args[k]) for k, change in changes.items()}
-
-
 @pytest.mark.parametrize("case", REJECTED)
 def test_mla_project_rejects(case, device):
     changes, message = REJECTED[case]
@@ -463,34 +280,3 @@ def test_mla_project_rejects_positions_out_of_range_on_the_cpu(case):
     args = rejected(make(DIMS["odd"], torch.float32, "cpu"), changes)
     with pytest.raises(RuntimeError, match="zebra::mla_project: " + message):
         ops.mla_project(**args)
-
-
-REJECTED_APPENDS = {
-    "cache_width": (
-        {"cache": lambda t: t[..., 1:]},
-        r"cache must be \[pages, page, R \+ E\] = \[any, any, 13\], got \[4, 8, 12\]",
-    ),
-    "cache_dtype": ({"cache": lambda t: t.half()}, "cache must be float32 like hidden"),
-    "pages_overlap": (
-        {"cache": lambda t: t[:1].expand(4, -1, -1)},
-        r"cache must be of rows that do not overlap, got \[4, 8, 13\] .* strides \[0, 16, 1\]",
-    ),
-    "rows_overlap": (
-        {"cache": lambda t: t.as_strided(t.shape, (104, 12, 1))},
-        "cache must be of rows that do not overlap",
-    ),
-    "pages_touch": (
-        {"cache": lambda t: t.as_strided(t.shape, (103, 13, 1))},
-        "cache must be of rows that do not overlap",
-    ),
-    "slots_dtype": ({"slot_mapping": lambda t: t.int()}, "slot_mapping must be int64"),
-    "slots_shape": ({"slot_mapping": lambda t: t[:1]}, r"slot_mapping must be \[B, T\] = \[2, 3\]"),
-}
-
-
-@pytest.mark.parametrize("case", REJECTED_APPENDS)
-def test_mla_project_append_rejects(case, device):
-    changes, message = REJECTED_APPENDS[case]
-    args = with_cache(make(DIMS["odd"], torch.float32, device, (2, 3)), [0, 1, 2, 3, 4, 5])
-    message = "zebra::mla_project_append: " + message
-    assert_rejected(message, *APPENDS, **rejected(args, changes))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zebra.layers.linear import decode_linear
 from zebra.layers.mla import sequence_positions
 from zebra.layers.norm import RMSNorm
 from zebra.layers.rope import RotaryEmbedding, apply_rotary_half
@@ -119,6 +120,7 @@ class Attention(nn.Module):
         slot_mapping: Tensor,
         block_table: Tensor,
         seq_lens: Tensor,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Append T tokens to every sequence and attend to its cache; shapes as MLA's ``step``.
 
@@ -133,8 +135,8 @@ class Attention(nn.Module):
         # unused slots may hold anything, NaN included: 0 * NaN would reach the output
         value = value.masked_fill(~seen[:, -1, :, None, None], 0)
         key = key.masked_fill(~seen[:, -1, :, None, None], 0)
-        out: Tensor = self.o_proj(self._attend(q, key, value, seen[:, None]).flatten(2))
-        return out
+        o = self._attend(q, key, value, seen[:, None]).flatten(2)
+        return decode_linear(self.o_proj, o, residual=residual)
 
     def _project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from zebra import ops
 from zebra.layers.dtypes import wide
+from zebra.layers.linear import decode_linear
+from zebra.layers.norm import RMSNorm
 
 
 class Mamba2Mixer(nn.Module):
@@ -122,6 +124,8 @@ class Mamba2Mixer(nn.Module):
         conv_state: Tensor,
         ssm_state: Tensor,
         state_indices: Tensor | None = None,
+        norm: RMSNorm | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Mix one token of every sequence, updating its states in place.
 
@@ -130,6 +134,8 @@ class Mamba2Mixer(nn.Module):
             conv_state: [slots, conv_dim, conv_width - 1] (mutated).
             ssm_state: [slots, H, P, N] (mutated).
             state_indices: [B] int32, slot of each row, -1 = padding row; None = row i is slot i.
+            norm: Applied to hidden first.
+            residual: [B, 1, hidden_size], added to the result.
 
         Returns:
             [B, 1, hidden_size].
@@ -141,7 +147,7 @@ class Mamba2Mixer(nn.Module):
             raise ValueError(
                 f"Mamba2Mixer.step: hidden must be [B, 1, hidden_size], got {list(hidden.shape)}"
             )
-        zxbcdt = self.in_proj(hidden[:, 0])
+        zxbcdt = decode_linear(self.in_proj, hidden[:, 0], norm)
         weight, bias, norm_weight = self._weights(zxbcdt.dtype)
         y = ops.mamba2_step(
             zxbcdt,
@@ -150,15 +156,15 @@ class Mamba2Mixer(nn.Module):
             weight,
             bias,
             wide(self.dt_bias),
-            self._A(),
+            wide(self.A_log),
             wide(self.D),
             norm_weight,
             self.num_kv_heads,
             state_indices=state_indices,
             norm_eps=self.norm_eps,
+            A_is_log=True,
         )
-        out: Tensor = self.out_proj(y)
-        return out[:, None]
+        return decode_linear(self.out_proj, y[:, None], residual=residual)
 
     def _A(self) -> Tensor:
         return -torch.exp(wide(self.A_log))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zebra import ops
 from zebra.layers.dtypes import autocast
+from zebra.layers.linear import decode_linear
 from zebra.layers.norm import RMSNorm
 from zebra.layers.rope import RotaryEmbedding
 
@@ -173,6 +174,7 @@ class MultiheadLatentAttention(nn.Module):
         slot_mapping: Tensor,
         block_table: Tensor,
         seq_lens: Tensor,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Append T <= 16 tokens to every sequence and attend to its cache, absorbed form.
 
@@ -183,13 +185,14 @@ class MultiheadLatentAttention(nn.Module):
             slot_mapping: [B, T] int64, where the new tokens go; -1 = not stored.
             block_table: [B, max_pages] int32.
             seq_lens: [B] int32 cached tokens including the new ones; 0 = padding row.
+            residual: [B, T, hidden_size], added to the result.
 
         Returns:
             [B, T, hidden_size].
         """
         q, _ = self._project(hidden, positions, cache, slot_mapping)
-        out: Tensor = self.out_proj(self._absorbed(q, cache, block_table, seq_lens).flatten(2))
-        return out
+        o = self._absorbed(q, cache, block_table, seq_lens).flatten(2)
+        return decode_linear(self.out_proj, o, residual=residual)
 
     def _absorbed(self, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor) -> Tensor:
         """Attend to the cached latents themselves: q [B, T <= 16, H, Dn + E] -> [B, T, H, Dv]."""

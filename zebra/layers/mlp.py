@@ -7,6 +7,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zebra import ops
+from zebra.layers.linear import decode_linear, is_plain, is_untouched
+from zebra.layers.norm import RMSNorm
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -41,3 +45,31 @@ class MLP(nn.Module):
         """Map x [..., hidden_size] to the same shape."""
         down: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         return down
+
+    def step(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        """hidden + MLP(norm(hidden)) for the few rows of a decoding step.
+
+        Args:
+            hidden: [..., hidden_size].
+            norm: Of the rows of hidden.
+
+        Returns:
+            The same shape.
+        """
+        fused = (
+            self.activation is F.silu
+            and is_untouched(self, MLP)
+            and is_untouched(norm, RMSNorm)
+            and is_plain(hidden, self.gate_proj, self.up_proj)
+        )
+        if not fused:
+            return hidden + self(norm(hidden))
+        inner = ops.linear_decode(
+            hidden,
+            self.gate_proj.weight,
+            norm.weight,
+            activation="swiglu",
+            norm_eps=norm.eps,
+            up_weight=self.up_proj.weight,
+        )
+        return decode_linear(self.down_proj, inner, residual=hidden)

@@ -77,7 +77,7 @@ class ZebraDecoderLayer(nn.Module):
         rows: CacheRows | None = None,
         store: PagedLayer | StateLayer | None = None,
         decode: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Run the layer.
 
         Args:
@@ -86,19 +86,36 @@ class ZebraDecoderLayer(nn.Module):
             cu_seqlens: [n_seq + 1] int32 bounds of packed sequences.
             rows: Where the new tokens go in the cache.
             store: This layer's part of the cache (mutated), with rows.
-            decode: Every row brings one token: take the decoding step of the mixer.
+            decode: Every row brings one token: take the decoding step.
 
         Returns:
-            The stream leaving the layer, and what the mixer added to it.
+            The stream leaving the layer, and what the mixer added to it (None with decode, whose
+            output projection adds to the stream).
         """
+        if decode:
+            assert rows is not None and store is not None and positions is not None
+            hidden = self.step_mixer(hidden, positions, rows, store)
+            return self.mlp.step(hidden, self.post_attention_layernorm), None
         x = self.input_layernorm(hidden)
         if self.kind == "mamba2":
-            mixed = self._mix_states(x, cu_seqlens, rows, cast("StateLayer | None", store), decode)
+            mixed = self._mix_states(x, cu_seqlens, rows, cast("StateLayer | None", store))
         else:
             pages = cast("PagedLayer | None", store)
-            mixed = self._mix_tokens(x, positions, cu_seqlens, rows, pages, decode)
+            mixed = self._mix_tokens(x, positions, cu_seqlens, rows, pages)
         x, hidden = self.post_attention_layernorm.add(mixed.to(hidden.dtype), hidden)
         return hidden + self.mlp(x), mixed
+
+    def step_mixer(
+        self, hidden: Tensor, positions: Tensor, rows: CacheRows, store: PagedLayer | StateLayer
+    ) -> Tensor:
+        """hidden + Mixer(norm(hidden)) for one token of every row; arguments as forward's."""
+        norm = self.input_layernorm
+        if isinstance(store, StateLayer):
+            conv, ssm = store.conv_state, store.ssm_state
+            return self.mamba.step(hidden, conv, ssm, rows.slots, norm, hidden)
+        place = (store.pages, rows.slot_mapping, rows.block_table, rows.seq_lens)
+        mixer = self.mla if self.kind == "mla" else self.self_attn
+        return mixer.step(norm(hidden), positions, *place, residual=hidden)
 
     def _mix_tokens(
         self,
@@ -107,14 +124,12 @@ class ZebraDecoderLayer(nn.Module):
         cu_seqlens: Tensor | None,
         rows: CacheRows | None,
         store: PagedLayer | None,
-        decode: bool,
     ) -> Tensor:
         mixer = self.mla if self.kind == "mla" else self.self_attn
         if rows is None or store is None:
             return mixer(x, positions, cu_seqlens)
         # a few tokens after a prefix: one batched step instead of a gather per sequence
-        few = cu_seqlens is None and x.size(1) <= MAX_STEP_TOKENS and any(rows.prefix_lens)
-        if decode or few:
+        if cu_seqlens is None and x.size(1) <= MAX_STEP_TOKENS and any(rows.prefix_lens):
             assert positions is not None
             return mixer.step(
                 x, positions, store.pages, rows.slot_mapping, rows.block_table, rows.seq_lens
@@ -136,13 +151,10 @@ class ZebraDecoderLayer(nn.Module):
         cu_seqlens: Tensor | None,
         rows: CacheRows | None,
         store: StateLayer | None,
-        decode: bool,
     ) -> Tensor:
         if rows is None or store is None:
             return self.mamba(x, cu_seqlens)[0]
         conv, ssm, slots = store.conv_state, store.ssm_state, rows.slots
-        if decode:
-            return self.mamba.step(x, conv, ssm, slots)
         old: tuple[Tensor | None, Tensor | None] = (None, None)
         if any(rows.prefix_lens):
             old = (conv[slots], ssm[slots])

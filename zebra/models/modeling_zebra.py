@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from zebra.cache import CacheRows, HybridCache
 from zebra.layers import Mamba2Mixer, RMSNorm, RotaryEmbedding
 from zebra.layers.dtypes import autocast
+from zebra.layers.linear import decode_linear
 from zebra.layers.mamba2 import HeadNormWeight
 from zebra.models.cache_name import CACHE_NAME, CACHE_NAMES, one_cache
 from zebra.models.checkpoint import official_config
@@ -210,7 +211,7 @@ class ZebraModel(ZebraPreTrainedModel):
                     f"ZebraModel: sequences must have at most max_position_embeddings = "
                     f"{self.config.max_position_embeddings} tokens, got {longest}"
                 )
-            decode = columns == 1 and not packing.packed
+            decode = columns == 1 and not packing.packed and not output_mixer_outputs
             position_ids = rows.positions if position_ids is None else position_ids
         states: list[Tensor] = []
         mixed: list[Tensor] = []
@@ -430,7 +431,7 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def step(self, input_ids: Tensor, cache: HybridCache, rows: CacheRows) -> Tensor:
         """Return the next-token logits [B, vocab_size] after ``ZebraModel.step``."""
-        return cast(Tensor, self.lm_head(self.model.step(input_ids, cache, rows)))
+        return decode_linear(self.lm_head, self.model.step(input_ids, cache, rows))
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

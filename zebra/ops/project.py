@@ -88,10 +88,13 @@ def mla_project_append(
     q_a_norm_weight: Tensor | None = None,
     kv_a_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    input_norm_weight: Tensor | None = None,
+    input_norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """:func:`mla_project`, which also stores the latents in a paged cache.
 
     Equation:
+        x = input_norm_weight * hidden / sqrt(mean(hidden^2) + input_norm_eps), or hidden itself
         cache[slot // page, slot % page] = latent  for every token with slot >= 0
 
     Args:
@@ -110,6 +113,8 @@ def mla_project_append(
         q_a_norm_weight: see there.
         kv_a_norm_weight: see there.
         norm_eps: see there.
+        input_norm_weight: [D] of hidden's dtype or float32: RMSNorm of hidden where given.
+        input_norm_eps: of that norm.
 
     Returns:
         q and latent as of :func:`mla_project`.
@@ -119,7 +124,13 @@ def mla_project_append(
             before anything is written.
 
     Numerics:
-        As :func:`mla_project`.  Not differentiable: for inference.
+        As :func:`mla_project`; the norm of hidden is fp32 and rounds to hidden's dtype.  On Hopper,
+        up to 128 tokens of bfloat16 or float16 without kv_a_norm_weight, the products of q and of
+        the latent are not rounded before the rotation, only c_q and the results are.  Not
+        differentiable: for inference.
+
+    In a CUDA graph the weights are read ahead of the kernels launched before, so nothing in the
+    graph may write them; outside of graphs any order is safe.
     """
     return torch.ops.zebra.mla_project_append(
         hidden,
@@ -135,6 +146,8 @@ def mla_project_append(
         q_a_norm_weight,
         kv_a_norm_weight,
         norm_eps,
+        input_norm_weight,
+        input_norm_eps,
     )
 
 
@@ -172,6 +185,8 @@ def _mla_project_append_fake(
     q_a_norm_weight: Tensor | None = None,
     kv_a_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    input_norm_weight: Tensor | None = None,
+    input_norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     return _mla_project_fake(
         hidden, q_a_weight, q_b_weight, kv_a_weight, cos, sin, positions, num_heads
@@ -254,6 +269,8 @@ class _Inputs(NamedTuple):
     q_a_norm_weight: Tensor | None
     kv_a_norm_weight: Tensor | None
     norm_eps: float
+    input_norm_weight: Tensor | None = None
+    input_norm_eps: float = 0.0
 
     def check(self, check: Check) -> None:
         """csrc/mla_project/mla_project_torch.h, without the values of positions."""
@@ -304,10 +321,11 @@ class _Inputs(NamedTuple):
         check.shape("positions", self.positions, (B, T), "[B, T]")
         norm("q_a_norm_weight", self.q_a_norm_weight, rank_q, "[Rq]")
         norm("kv_a_norm_weight", self.kv_a_norm_weight, R, "[R]")
+        norm("input_norm_weight", self.input_norm_weight, x.size(2), "[D]")
 
     def project(self) -> tuple[Tensor, Tensor]:
         """The queries and the latents."""
-        x, eps = self.hidden, self.norm_eps
+        x, eps = _norm(self.hidden, self.input_norm_weight, self.input_norm_eps), self.norm_eps
         angles = _Angles(self.cos[self.positions], self.sin[self.positions])
         c_q = x if self.q_a_weight is None else F.linear(x, self.q_a_weight)
         q = F.linear(_norm(c_q, self.q_a_norm_weight, eps), self.q_b_weight)
@@ -363,6 +381,8 @@ def _mla_project_append_composite(
     q_a_norm_weight: Tensor | None = None,
     kv_a_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    input_norm_weight: Tensor | None = None,
+    input_norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     inputs = _Inputs(
         hidden,
@@ -376,6 +396,8 @@ def _mla_project_append_composite(
         q_a_norm_weight,
         kv_a_norm_weight,
         norm_eps,
+        input_norm_weight,
+        input_norm_eps,
     )
     check = Check("mla_project_append")
     inputs.check(check)

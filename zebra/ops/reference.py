@@ -300,10 +300,11 @@ def linear_decode(
     residual: Tensor | None = None,
     activation: str = "none",
     norm_eps: float = 1e-5,
+    up_weight: Tensor | None = None,
 ) -> Tensor:
     """y = act(W norm(x) + b) + residual; "swiglu" splits W: silu(W_gate x) * (W_up x)."""
     h = _wide(x) if norm_weight is None else rms_norm(_wide(x), norm_weight, eps=norm_eps)[0]
-    y = h @ _wide(weight).t()
+    y = h @ _wide(weight if up_weight is None else torch.cat((weight, up_weight))).t()
     y = y if bias is None else y + _wide(bias)
     if activation == "swiglu":
         gate, up = y.chunk(2, dim=-1)

@@ -24,6 +24,7 @@ def mamba2_step(
     n_groups: int,
     state_indices: Tensor | None = None,
     norm_eps: float = 1e-5,
+    A_is_log: bool = False,
 ) -> Tensor:
     """One token of a Mamba2 mixer: convolution, state update, gate and per-head norm, in one pass.
 
@@ -42,13 +43,14 @@ def mamba2_step(
         conv_weight: [C, W] of zxbcdt's dtype or float32, as the other parameters but A.
         conv_bias: [C] or None.
         dt_bias: [H], added to dt before the softplus.
-        A: [H] float32 (float64 for float64), not positive.
+        A: [H] float32 (float64 for float64), not positive; or its logarithm, see A_is_log.
         D: [H], the skip connection.
         norm_weight: [H*P], or None for no norm.
         n_groups: G, the KV heads of x and B; divides H.
         state_indices: [B] int32, the slot of each row; negative for a padding row, whose y is 0 and
             which touches no state.  Slots must be distinct.  None: row b uses slot b.
         norm_eps: added to the mean square.
+        A_is_log: A holds log(-A), as models keep it.
 
     Returns:
         y [B, H*P] of zxbcdt's dtype.  Inference only: the result carries no gradient history, also
@@ -56,9 +58,9 @@ def mamba2_step(
 
     Raises:
         RuntimeError: on a wrong shape, dtype, stride or device; on the CPU also where A is positive
-            and where state_indices repeat a slot or exceed the slots (a CUDA call does not read
-            these values on the host: torch's own bounds assertion stops the kernel).  Nothing is
-            written then.
+            and where state_indices repeat a slot or exceed the slots.  Nothing is written then.
+            CUDA does not read these values on the host: a row whose slot does not exist gives NaN
+            and touches no state.
 
     Numerics:
         Everything in fp32 (fp64 for fp64), with one rounding of y and one of each stored state.  A
@@ -79,6 +81,7 @@ def mamba2_step(
             n_groups,
             state_indices,
             norm_eps,
+            A_is_log,
         )
 
 
@@ -96,6 +99,7 @@ def _mamba2_step_fake(
     n_groups: int,
     state_indices: Tensor | None = None,
     norm_eps: float = 1e-5,
+    A_is_log: bool = False,
 ) -> Tensor:
     return zxbcdt.new_empty(zxbcdt.size(0), ssm_state.size(1) * ssm_state.size(2))
 
@@ -196,10 +200,12 @@ def _mamba2_step_composite(
     n_groups: int,
     state_indices: Tensor | None = None,
     norm_eps: float = 1e-5,
+    A_is_log: bool = False,
 ) -> Tensor:
     weights = (conv_weight, conv_bias, dt_bias, A, D, norm_weight)
     _check(zxbcdt, conv_state, ssm_state, *weights, n_groups, state_indices)
     batch, (_, H, P, N), G = zxbcdt.size(0), ssm_state.shape, n_groups
+    A = -torch.exp(A) if A_is_log else A
     if batch == 0:
         return zxbcdt.new_empty(0, H * P)
     if state_indices is None:

@@ -1,10 +1,11 @@
 // What launchers share: the result of a launch as a Status, and the switch between kernels.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "common/status.h"
 
@@ -32,6 +33,24 @@ inline bool takes_sm90() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return major == 9 && minor == 0;
+}
+
+// Launches a kernel that calls grid_dependency_wait(): from sm_90 on it may start before the kernel
+// ahead of it in the stream has ended.
+template <typename... Params, typename... Args>
+Status launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem,
+                        cudaStream_t stream, Args&&... args) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = grid, launch.blockDim = block, launch.dynamicSmemBytes = smem;
+  launch.stream = stream, launch.attrs = &early, launch.numAttrs = major >= 9 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&launch, kernel, std::forward<Args>(args)...);
+  return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
 }
 
 }  // namespace zebra
