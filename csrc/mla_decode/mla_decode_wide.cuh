@@ -20,13 +20,6 @@
 #include "mla_decode/mla_decode_kernel.cuh"
 #include "mla_decode/mla_decode_wide_load.cuh"
 
-#ifndef ZEBRA_WIDE_FIRST
-#define ZEBRA_WIDE_FIRST 0
-#endif
-#ifndef ZEBRA_WIDE_QREG
-#define ZEBRA_WIDE_QREG 0
-#endif
-
 namespace zebra {
 namespace {
 
@@ -43,11 +36,8 @@ template <typename T, typename S>
 struct MlaWideRows {
   float o[S::kRank / 4];       // 64 rows x half of the columns, over the warpgroup
   float reference[2], sum[2];  // of rows g and g + 8 of the warp; the sum is of own blocks
-#if ZEBRA_WIDE_QREG
-  std::uint32_t q_rope[4][4];  // q's rope columns as left operands
-#endif
-  std::uint32_t base, q;  // shared memory: of the kernel, of q
-  int half, warp, lane;   // the warpgroup, the warp in it
+  std::uint32_t base, q;       // shared memory: of the kernel, of q
+  int half, warp, lane;        // the warpgroup, the warp in it
 
   __device__ __forceinline__ int row(int i) const { return warp * 16 + lane / 4 + 8 * i; }
   __device__ __forceinline__ bool is_left_behind(float top, int i) const {
@@ -94,14 +84,6 @@ struct MlaWideRows {
     cp_async_wait_all();
     sm90::fence_async_proxy();
     barrier_of_both();
-#if ZEBRA_WIDE_QREG
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int r = warp * 16 + lane % 16;
-      ldmatrix_x4(q_rope[k], q + S::kRope * kMlaWideTileBytes + r * 128 +
-                                 (((2 * k + lane / 16) ^ (r & 7)) << 4));
-    }
-#endif
   }
 
   // ---- one block of tokens
@@ -116,14 +98,6 @@ struct MlaWideRows {
       sm90::wgmma_fence();
       const std::uint64_t dq = sm90::wgmma_descriptor(q + tile * kMlaWideTileBytes, 16);
       const std::uint64_t dk = sm90::wgmma_descriptor(slot.stage + tile * kMlaWideTileBytes, 16);
-#if ZEBRA_WIDE_QREG
-      if (n == S::kRope) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          sm90::wgmma_rs<T, sm90::Major::kK>(s, q_rope[k], sm90::advance(dk, 32 * k));
-        continue;
-      }
-#endif
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         sm90::wgmma_ss<T>(s, sm90::advance(dq, 32 * k), sm90::advance(dk, 32 * k), n > 0 || k > 0);
@@ -178,15 +152,17 @@ struct MlaWideRows {
   }
 
   // A block that this warpgroup owns, whose tokens start at `token`; kFollows: with the products of
-  // the one before it, which the other owns.  Half 0 makes those first, half 1 while it waits for
-  // its scores: of two blocks, the first is exponentiated while the second is scored, the second
-  // while all make products with the first.
-  template <bool kFirst, bool kFollows>
+  // the one before it, which the other owns, while it waits for its scores.  Where there is room
+  // for two blocks, half 0 makes those products before its scores: of two blocks, the first is
+  // exponentiated while the second is scored, the second while all make products with the first,
+  // and so each gives way to the next one's tiles sooner.
+  template <int kHalf, bool kFollows>
   __device__ __forceinline__ void attend(const MlaArgs& a, const MlaStep& step, int b, int token) {
     const MlaWideSlot<S> slot(base, b), before(base, b - 1);
     float s[32];
     constexpr int kLast = S::kChunks - 1;
-    if (kFirst) {
+    constexpr bool kScoresFirst = kHalf == 1 || S::kStages > 2;
+    if (!kScoresFirst) {
       if (kFollows) follow(before);
       score(s, slot, 0, S::kHalfTiles / S::kChunks);
       if (kFollows) {
@@ -242,7 +218,7 @@ struct MlaWideRows {
       sum[i] += s[j] + s[j + 1];
       p[j / 8][j / 2 % 4] = pack<T>(s[j], s[j + 1]);
     }
-    if (!kFirst && kFollows && S::kChunks == 2) {
+    if (kScoresFirst && kFollows && S::kChunks == 2) {
       sm90::wgmma_wait<1>();
       release(before, 0);
     }
@@ -255,7 +231,7 @@ struct MlaWideRows {
     sm90::fence_async_proxy();
     named_barrier_arrive(kMlaBarrierHandOver + half, kMlaProducts);
 
-    if (!kFirst && kFollows) {
+    if (kScoresFirst && kFollows) {
       sm90::wgmma_wait<0>(o);
       release(before, kLast);
     }
@@ -338,7 +314,6 @@ struct MlaWideRows {
 // The products of all pieces of a CTA, of warpgroup kHalf.
 template <int kHalf, typename T, typename S>
 __device__ __forceinline__ void mla_wide_products(const MlaArgs& a, int warp) {
-  constexpr bool kIsFirst = kHalf == ZEBRA_WIDE_FIRST;
   MlaWideRows<T, S> mine;
   mine.base = smem_addr(&S::shared()), mine.q = mine.base + kMlaWideHeader;
   mine.half = kHalf, mine.warp = warp, mine.lane = threadIdx.x % 32;
@@ -354,11 +329,11 @@ __device__ __forceinline__ void mla_wide_products(const MlaArgs& a, int warp) {
     int b = first + ((first & 1) != kHalf);
     const auto token = [&] { return step.token + (b - first) * kMlaWideBlock; };
     if (b == first) {
-      mine.template attend<kIsFirst, false>(a, step, b, token());
+      mine.template attend<kHalf, false>(a, step, b, token());
       b += 2;
     }
 #pragma unroll 1
-    for (; b < last; b += 2) mine.template attend<kIsFirst, true>(a, step, b, token());
+    for (; b < last; b += 2) mine.template attend<kHalf, true>(a, step, b, token());
     if (b == last) {
       const MlaWideSlot<S> slot(mine.base, b - 1);
       mine.follow(slot);

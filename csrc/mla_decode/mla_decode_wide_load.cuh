@@ -8,10 +8,6 @@
 #include "mla_decode/mla_decode_schedule.cuh"
 #include "mla_decode/mla_decode_wide_config.h"
 
-#ifndef ZEBRA_WIDE_AHEAD
-#define ZEBRA_WIDE_AHEAD 0
-#endif
-
 namespace zebra {
 namespace {
 
@@ -135,17 +131,15 @@ struct MlaWidePages {
     const int mine = from + ((threadIdx.x % 32) << log_box);
     now = entry(a, mine), next = entry(a, mine + (32 << log_box));
   }
-  // To a token of the first 32 boxes or of those after them.
+  // To a block of the first 32 boxes or of those after them.
   __device__ __forceinline__ void move(const MlaArgs& a, int log_box, int token) {
     if (token - from < (32 << log_box)) return;
     from += 32 << log_box, now = next;
     next = entry(a, from + ((threadIdx.x % 32 + 32) << log_box));
   }
-  // The page of the box that starts at this lane's `token`, at most 63 boxes on.  All lanes call.
+  // The page of the box that starts at this lane's `token`, in the block moved to.  All lanes call.
   __device__ __forceinline__ int of(int log_box, int token) const {
-    const int box = (token - from) >> log_box;
-    const int near = __shfl_sync(kWarp, now, box & 31), far = __shfl_sync(kWarp, next, box & 31);
-    return box < 32 ? near : far;
+    return __shfl_sync(kWarp, now, (token - from) >> log_box & 31);
   }
 };
 
@@ -226,17 +220,6 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
       if (first == walk.token) note(0);
       mla_wide_bring<S, 0, S::kChunkTiles, kIsWhole>(maps, slot, owner, to, row, page, filled,
                                                      is_mine);
-      // The next block in L2 by the time that there is room for it; of a pair one CTA asks.
-      if (kIsWhole && ZEBRA_WIDE_AHEAD > 0) {
-        const int later = token + ZEBRA_WIDE_AHEAD * kMlaWideBlock;
-        const int later_page = pages.of(log_box, later), later_row = a.page.rest(later);
-        if (lane == 0 && later + kMlaWideBlock <= walk.end &&
-            (gridDim.y == 1 || (block & 1) == static_cast<int>(blockIdx.y)))
-          sm90::bulk_prefetch_l2(
-              static_cast<const char*>(a.cache) +
-                  2 * (later_page * a.page_stride + later_row * a.row_stride),
-              static_cast<unsigned>(2 * ((kMlaWideBlock - 1) * a.row_stride + a.R + a.E)));
-      }
       if constexpr (S::kChunks == 2) {
         sm90::mbarrier_wait(slot.empty(1), was_given_back);
         mla_wide_bring<S, S::kChunkTiles, S::kChunkTiles, kIsWhole>(maps, slot, owner, to, row,

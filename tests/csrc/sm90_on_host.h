@@ -28,9 +28,6 @@ struct uint2 {
 struct uint4 {
   unsigned x, y, z, w;
 };
-struct float4 {
-  float x, y, z, w;
-};
 struct __nv_bfloat16 {
   std::uint16_t bits;
 };
@@ -55,9 +52,6 @@ V exchange(V value, int from) {
 }
 inline float __shfl_xor_sync(unsigned, float value, int by) {
   return exchange(value, (threadIdx.x % 32) ^ by);
-}
-inline void __syncwarp() {
-  among_lanes(0, [](const int*) { return 0; });
 }
 inline float __fdividef(float a, float b) { return a / b; }
 
@@ -234,8 +228,6 @@ inline void tma_load_3d(std::uint32_t to, const CUtensorMap* map, std::uint32_t 
     }
   mbarrier(bar).change(0, -bytes);
 }
-
-inline void bulk_prefetch_l2(const void*, std::uint32_t) {}
 
 // ---- common/sm90/wgmma.cuh
 

@@ -45,10 +45,6 @@ __device__ __forceinline__ void tma_prefetch_4d(const CUtensorMap* map, int c0, 
                "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
-// Asks for `bytes` at `src` in L2; both are multiples of 16.
-__device__ __forceinline__ void bulk_prefetch_l2(const void* src, std::uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
-}
 // `bytes` and both addresses are multiples of 16.
 __device__ __forceinline__ void bulk_load(std::uint32_t smem, const void* src, std::uint32_t bytes,
                                           std::uint32_t bar) {
