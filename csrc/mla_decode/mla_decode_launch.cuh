@@ -90,11 +90,12 @@ Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream
   args.rows = a.rows, args.pass_rows = rows, args.R = a.R;
   while (1 << args.log_lanes < c.combine_lanes) ++args.log_lanes;
   const int used = rows < a.rows ? rows : a.rows;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(c.units),
-                        ceil_div(used * quads, 32 * kMlaWarps / c.combine_lanes));
-  launch.blockDim = dim3(32 * kMlaWarps);
-  return mla_launch_after(mla_combine_kernel<T>, launch.gridDim, 32 * kMlaWarps, 0, stream, args);
+  args.parts = ceil_div(used * quads, 32 * kMlaWarps / c.combine_lanes);
+  // Two waves at most: where nobody cut an item, all that its CTAs do is start.
+  const std::int64_t most = mla_attribute(cudaDevAttrMultiProcessorCount) * 8 / c.units;
+  const int parts = args.parts < most ? args.parts : most > 1 ? static_cast<int>(most) : 1;
+  const dim3 grid(static_cast<unsigned>(c.units), static_cast<unsigned>(parts));
+  return mla_launch_after(mla_combine_kernel<T>, grid, 32 * kMlaWarps, 0, stream, args);
 }
 
 // An attention kernel, and before and after it what else the call needs.

@@ -50,29 +50,30 @@ struct MlaWideRows {
   // ---- opens a piece: q to shared memory, in the layout of TMA's swizzle.  Rows past the last one
   // compute what it does, and are not written.
   __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int first_row) {
-    constexpr int kUnits = S::kTiles * 8;
     int thread = threadIdx.x;
     asm volatile("" : "+r"(thread));  // indices are computed here, not kept from piece to piece
     const char* const from = static_cast<const char*>(a.q) + 2 * step.b * a.q_stride[0];
-    barrier_of_both();  // all scores of the item before are made
-#pragma unroll 2
-    for (int i = thread; i < kMlaWideRows * kUnits; i += kMlaProducts) {
-      const int r = i / kUnits, unit = i % kUnits, column = unit * 8;
-      const bool is_rope = column >= S::kRank;
-      const bool is_there = column - (is_rope ? S::kRank : 0) < (is_rope ? a.E : a.R);
-      const int mine = min(first_row + r, a.rows - 1);
+    barrier_of_both();  // the item before needs q and its place no more
+#pragma unroll 1
+    for (int r = thread / 8; r < kMlaWideRows; r += kMlaProducts / 8) {
+      const int mine = min(first_row + r, a.rows - 1), unit = thread % 8;
       const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
-      const std::int64_t offset =
-          token * a.q_stride[1] + head * a.q_stride[2] + column - (is_rope ? S::kRank - a.R : 0);
-      const std::uint32_t to =
-          q + unit / 8 * kMlaWideTileBytes + r * 128 + ((unit % 8 ^ (r & 7)) << 4);
-      const char* const unit_of_q = is_there ? from + 2 * offset : from;
-      if (a.q_is_aligned) {
-        cp_async_16(to, unit_of_q, is_there);
-      } else {
+      const char* const row = from + 2 * (token * a.q_stride[1] + head * a.q_stride[2]);
+      const std::uint32_t to = q + r * 128 + ((unit ^ (r & 7)) << 4);
+      const auto copy = [&](int tile, int column, bool is_there) {
+        const char* const unit_of_q = is_there ? row + 2 * column : row;
+        if (a.q_is_aligned) {
+          cp_async_16(to + tile * kMlaWideTileBytes, unit_of_q, is_there);
+        } else {
 #pragma unroll
-        for (int k = 0; k < 16; k += 4) cp_async_4(to + k, unit_of_q + k, is_there);
-      }
+          for (int k = 0; k < 16; k += 4)
+            cp_async_4(to + tile * kMlaWideTileBytes + k, unit_of_q + k, is_there);
+        }
+      };
+#pragma unroll
+      for (int tile = 0; tile < S::kRope; ++tile)
+        copy(tile, tile * 64 + unit * 8, tile * 64 + unit * 8 < a.R);
+      copy(S::kRope, a.R + unit * 8, unit * 8 < a.E);
     }
     if (thread < kMlaWideRows)
       S::shared().limits[thread] =
@@ -280,33 +281,60 @@ struct MlaWideRows {
       sum[i] += __shfl_xor_sync(kWarp, sum[i], 2);
       if (lane % 4 == 0) S::shared().sums[half][row(i)] = sum[i];
     }
-    barrier_of_both();
+    barrier_of_both();  // after it nobody reads q
+    const int rows = a.rows - first_row, pass_rows = 16 * a.groups;
+    const bool is_whole = step.partial < 0;
+    const std::int64_t first = is_whole
+                                   ? static_cast<std::int64_t>(step.b) * a.rows + first_row
+                                   : step.partial * pass_rows + (first_row - step.pass * pass_rows);
+    float inverse[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (first_row + row(i) < a.rows) write(a, step, first_row + row(i), i);
+    for (int i = 0; i < 2; ++i) {
+      const float whole = S::shared().sums[0][row(i)] + S::shared().sums[1][row(i)];
+      inverse[i] = whole == 0.f ? 0.f : __fdividef(1.f, whole);
+      if (half != 0 || lane % 4 != 0 || row(i) >= rows) continue;
+      if (is_whole)
+        a.lse[first + row(i)] = mla_lse(reference[i], whole);
+      else
+        a.stats[first + row(i)] = {reference[i], whole};
+    }
+    if (is_whole)
+      write(static_cast<T*>(a.o) + first * a.R, a.R, rows, inverse);
+    else
+      write(a.sums + first * S::kRank, S::kRank, rows, {1.f, 1.f});
   }
-  // Row `mine` of the sequence, which is rows g + 8 i of this thread.
-  __device__ __forceinline__ void write(const MlaArgs& a, const MlaStep& step, int mine, int i) {
-    const int pass_rows = 16 * a.groups, column = half * (S::kRank / 2) + 2 * (lane % 4);
-    const float whole = S::shared().sums[0][row(i)] + S::shared().sums[1][row(i)];
-    const bool speaks = half == 0 && lane % 4 == 0;
-    if (step.partial >= 0) {
-      const std::int64_t kept = step.partial * pass_rows + (mine - step.pass * pass_rows);
-      float* const to = a.sums + kept * S::kRank + column;
+  // Rows of `pitch` elements, by way of q's place in shared memory: as they are in registers, a
+  // store would be 32 or 16 bytes of each of 8 rows, and take as long as one of 8 lines.
+  template <typename V>
+  __device__ __forceinline__ void write(V* to, int pitch, int rows, const float (&scale)[2]) const {
+    constexpr int kSize = sizeof(V), kColumns = S::kRank / 4, kLanes = kColumns * kSize / 16;
+    constexpr int kPitch = kColumns * 4 + 32;  // bytes; 4 rows fill the banks
+    static_assert(8 * 16 * kPitch <= S::kTiles * kMlaWideTileBytes);
+    const std::uint32_t mine = q + (half * 4 + warp) * 16 * kPitch;
 #pragma unroll
-      for (int j = 0; j < S::kRank / 16; ++j)
-        *reinterpret_cast<float2*>(to + 8 * j) = {o[4 * j + 2 * i], o[4 * j + 2 * i + 1]};
-      if (speaks) a.stats[kept] = {reference[i], whole};
-    } else {
-      const std::int64_t out = static_cast<std::int64_t>(step.b) * a.rows + mine;
-      char* const to = static_cast<char*>(a.o) + (out * a.R + column) * 2;
-      const float inverse = whole == 0.f ? 0.f : __fdividef(1.f, whole);
+    for (int part = 0; part < 2; ++part) {
+      __syncwarp();
 #pragma unroll
-      for (int j = 0; j < S::kRank / 16; ++j)
-        if (column + 8 * j < a.R)
-          *reinterpret_cast<std::uint32_t*>(to + 16 * j) =
-              pack<T>(o[4 * j + 2 * i] * inverse, o[4 * j + 2 * i + 1] * inverse);
-      if (speaks) a.lse[out] = mla_lse(reference[i], whole);
+      for (int j = 0; j < kColumns / 4; ++j) {
+        const int i = j % 2;
+        const float x = o[part * kColumns / 2 + 2 * j] * scale[i];
+        const float y = o[part * kColumns / 2 + 2 * j + 1] * scale[i];
+        const std::uint32_t at =
+            mine + (lane / 4 + 8 * i) * kPitch + (j / 2 * 8 + lane % 4 * 2) * kSize;
+        if constexpr (kSize == 4)
+          st_shared_v2(at, __float_as_uint(x), __float_as_uint(y));
+        else
+          st_shared(at, pack<V>(x, y));
+      }
+      __syncwarp();
+      const int column = half * 2 * kColumns + part * kColumns + lane % kLanes * (16 / kSize);
+#pragma unroll
+      for (int r = 0; r < 16; r += 32 / kLanes) {
+        const int at = r + lane / kLanes;
+        if (warp * 16 + at < rows && column < pitch)
+          *reinterpret_cast<uint4*>(to + static_cast<std::int64_t>(warp * 16 + at) * pitch +
+                                    column) = ld_shared_v4(mine + at * kPitch + lane % kLanes * 16);
+      }
     }
   }
 };
@@ -350,10 +378,9 @@ __global__ void __launch_bounds__(kMlaProducts + 128, 1)
     mla_wide_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaWideMaps maps) {
   sm90::grid_launch_dependents();
   auto& shared = S::shared();
-  if (threadIdx.x == 0) {
-#pragma unroll 1
-    for (int i = 0; i < S::kBarriers; ++i)
-      sm90::mbarrier_init(S::barrier(i), i < S::kEmptyBarriers ? 4 : 1);
+  if (threadIdx.x < S::kBarriers) {
+    const int i = threadIdx.x;
+    sm90::mbarrier_init(S::barrier(i), i < S::kEmptyBarriers ? 4 : 1);
     sm90::mbarrier_init_fence();
   }
   const MlaShare share = mla_share(a, shared.scratch);

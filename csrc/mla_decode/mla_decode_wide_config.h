@@ -10,8 +10,9 @@ constexpr int kMlaWideRows = 64;   // query rows of a CTA, those of a wgmma
 constexpr int kMlaWideBlock = 64;  // cached tokens that a warpgroup scores at once
 constexpr int kMlaWideLogBlock = 6;
 constexpr int kMlaWideTileBytes = kMlaWideBlock * 128;  // 64 columns of a block
-constexpr int kMlaWideHeader = 3072;  // bytes of shared memory before q: barriers, statistics
-constexpr int kMlaWidePieces = 8;     // that the warp which loads may be ahead
+constexpr int kMlaWideHeader = 3072;      // bytes of shared memory before q: barriers, statistics
+constexpr int kMlaCombineThreads = 1024;  // of a multiprocessor at once
+constexpr int kMlaWidePieces = 8;         // that are known at once: one a block, and two
 
 constexpr MlaInstance kMlaWideInstances[] = {{128, 64}, {256, 64}, {512, 64}};
 // Blocks of cached rows in shared memory; even, because warpgroups take turns.
@@ -19,6 +20,7 @@ constexpr int mla_wide_stages(int rank) { return rank > 256 ? 2 : 4; }
 constexpr int mla_wide_smem_bytes(int rank) {
   return kMlaWideHeader + (1 + mla_wide_stages(rank)) * (rank / 64 + 1) * kMlaWideTileBytes;
 }
+static_assert(mla_wide_stages(128) + 2 <= kMlaWidePieces);
 static_assert(mla_wide_smem_bytes(512) <= kMlaSm90SmemBytes && kMlaWideHeader % 1024 == 0);
 
 // Rows of a box that TMA brings: a block's, or as many of them as lie in one page.
@@ -52,6 +54,11 @@ constexpr MlaDecodeConfig select_mla_wide_config(const MlaDecodeShape& s, std::i
   c.smem_bytes = mla_wide_smem_bytes(c.rank);
   c.passes = static_cast<int>(ceil_div<std::int64_t>(s.rows, 16 * c.groups));
   mla_cut_work(s, sms / pair > 0 ? sms / pair : 1, c);
+  // Partial results are large: no more lanes than let all threads of the combination run at once.
+  const std::int64_t rows = s.rows < 16 * c.groups ? s.rows : 16 * c.groups;
+  while (c.split == 0 && c.combine_lanes > 1 &&
+         s.batch * c.passes * rows * (c.rank / 4) * c.combine_lanes > sms * kMlaCombineThreads)
+    c.combine_lanes /= 2;
   return c;
 }
 

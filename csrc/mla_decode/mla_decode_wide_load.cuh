@@ -202,6 +202,7 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
   while (walk.advance(a, share)) {
     if (speaks && walk.token == 0) walk.list(a, share);
     if (mla_wide_first_row(a, walk.pass) >= a.rows) continue;  // the pair's other CTA has them all
+    note(0);  // q is asked for while this warp waits for the table
     MlaWidePages pages(a, log_box, walk);
 #pragma unroll 1
     for (int first = walk.token; first < walk.end; first += kMlaWideBlock, ++b) {
@@ -217,7 +218,6 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
       const std::uint32_t to = kIsWhole ? slot.stage : slot.stage + (lane << log_box) * 128;
       const std::uint32_t was_given_back = slot.parity ^ 1;
       sm90::mbarrier_wait(slot.empty(0), was_given_back);
-      if (first == walk.token) note(0);
       mla_wide_bring<S, 0, S::kChunkTiles, kIsWhole>(maps, slot, owner, to, row, page, filled,
                                                      is_mine);
       if constexpr (S::kChunks == 2) {

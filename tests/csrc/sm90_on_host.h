@@ -100,6 +100,20 @@ std::uint16_t narrow(float v) {
 inline std::uint32_t smem_addr(const void* p) {
   return static_cast<std::uint32_t>(static_cast<const unsigned char*>(p) - smem);
 }
+inline uint4 ld_shared_v4(std::uint32_t addr) {
+  uint4 v;
+  std::memcpy(&v, smem + addr, 16);
+  return v;
+}
+inline void st_shared(std::uint32_t addr, std::uint32_t v) { std::memcpy(smem + addr, &v, 4); }
+inline void st_shared_v2(std::uint32_t addr, std::uint32_t x, std::uint32_t y) {
+  st_shared(addr, x), st_shared(addr + 4, y);
+}
+inline std::uint32_t __float_as_uint(float v) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
 inline void st_shared_v4(std::uint32_t addr, const std::uint32_t (&v)[4]) {
   std::memcpy(smem + addr, v, 16);
 }

@@ -225,6 +225,12 @@ void mla_wide_tiles_fit() {
   constexpr zebra::MlaDecodeConfig c =
       zebra::select_mla_wide_config({64, 128, 512, 64, 8192, 0, true}, 132);
   static_assert(c.ctas == 64 && c.groups == 8 && c.passes == 1 && c.slots == 2);
+  // One wave of the combination, 4 CTAs a multiprocessor.
+  constexpr zebra::MlaDecodeConfig eight =
+      zebra::select_mla_wide_config({8, 128, 512, 64, 8192, 0, true}, 132);
+  static_assert(eight.ctas == 64 && eight.combine_lanes == 1);
+  static_assert(
+      zebra::select_mla_wide_config({1, 128, 512, 64, 32768, 0, true}, 132).combine_lanes == 8);
 }
 
 // The products with kv_b_weight fit shared memory and the limits of a grid, and give every element

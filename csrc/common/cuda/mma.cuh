@@ -61,6 +61,9 @@ __device__ __forceinline__ uint4 ld_shared_v4(std::uint32_t addr) {
 __device__ __forceinline__ void st_shared(std::uint32_t addr, std::uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
 }
+__device__ __forceinline__ void st_shared_v2(std::uint32_t addr, std::uint32_t x, std::uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(addr), "r"(x), "r"(y) : "memory");
+}
 __device__ __forceinline__ void st_shared_v4(std::uint32_t addr, const std::uint32_t (&v)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v[0]), "r"(v[1]),
                "r"(v[2]), "r"(v[3])
