@@ -46,8 +46,10 @@ def made(model: str, merged: bool, dtype: torch.dtype, device: str) -> Any:
             m = zebra.ZebraForCausalLM(config_of(model))
     finally:
         torch.set_default_dtype(before)
-    for p in m.parameters():
-        if p.dim() == 2:
+    for name, p in m.named_parameters():
+        if name.endswith(("A_log", "D", "dt_bias")):
+            p.data = p.data.float()  # as checkpoints are loaded
+        elif p.dim() == 2:
             nn.init.normal_(p, std=p.size(1) ** -0.5)
     if merged:
         m.merge_queries()

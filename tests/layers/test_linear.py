@@ -1,5 +1,6 @@
 """Linear layers of a decoding step: one operator where nobody altered them, else the layer."""
 
+import copy
 from unittest import mock
 
 import pytest
@@ -28,18 +29,26 @@ def make(device: str, dtype: torch.dtype, rows: int = 3, kind: type[nn.Linear] =
     return layer, norm, x, residual
 
 
+def exact(module: nn.Module) -> nn.Module:
+    """The module in fp64, on the CPU."""
+    return copy.deepcopy(module).cpu().double()
+
+
+def wide(t: torch.Tensor) -> torch.Tensor:
+    return t.cpu().double()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 200])
 @torch.no_grad()
 def test_decode_linear_is_norm_layer_and_residual(dtype, rows, device):
     layer, norm, x, residual = make(device, dtype, rows)
-    want = residual.double() + layer.double()(norm.double()(x.double()))
-    layer, norm = layer.to(dtype), norm.to(dtype)
     got = decode_linear(layer, x, norm, residual)
+    want = wide(residual) + exact(layer)(exact(norm)(wide(x)))
     assert got.dtype == dtype and got.shape == residual.shape
     assert relative_error(got, want) < 2 * torch.finfo(dtype).eps
     plain = decode_linear(layer, x)
-    assert relative_error(plain, layer.double()(x.double())) < 2 * torch.finfo(dtype).eps
+    assert relative_error(plain, exact(layer)(wide(x))) < 2 * torch.finfo(dtype).eps
 
 
 @torch.no_grad()
@@ -72,9 +81,9 @@ def test_mlp_step_adds_the_block_of_the_norm(activation, device):
     got = mlp.step(x, norm)
     with mock.patch.object(linear, "MAX_DECODE_ROWS", 0):
         plain = mlp.step(x, norm)
-    want = x.double() + mlp.double()(norm.double()(x.double()))
+    want = wide(x) + exact(mlp)(exact(norm)(wide(x)))
     assert relative_error(got, want) < 1.2 * relative_error(plain, want) + 1e-6
     called = mock.Mock(return_value=None)
-    mlp.bfloat16().register_forward_hook(called)
-    mlp.step(x, norm.bfloat16())
+    mlp.register_forward_hook(called)
+    mlp.step(x, norm)
     called.assert_called_once()
