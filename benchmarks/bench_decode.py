@@ -3,7 +3,8 @@
 Random weights, every sequence equally long.  A part is that part of all layers, one after another
 in one CUDA graph: latent attention with its projections, and its attention alone; Mamba2 mixers,
 and their step alone; MLPs; final norm and output head.  The peer is the same step with its products
-by F.linear.  One model: ``--only "'model': '8b', 'B': 1,"``.
+by F.linear, norms and activations by their modules.  One model:
+``--only "'model': '8b', 'B': 1,"``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def config_of(model: str) -> zebra.ZebraConfig:
 
 
 @functools.lru_cache(maxsize=1)
-def made(model: str, dtype: torch.dtype, device: str) -> Any:
+def made(model: str, merged: bool, dtype: torch.dtype, device: str) -> Any:
     """A model with random weights that keep the size of what passes through them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -45,9 +46,13 @@ def made(model: str, dtype: torch.dtype, device: str) -> Any:
             m = zebra.ZebraForCausalLM(config_of(model))
     finally:
         torch.set_default_dtype(before)
-    for p in m.parameters():
-        if p.dim() == 2:
+    for name, p in m.named_parameters():
+        if name.endswith(("A_log", "D", "dt_bias")):
+            p.data = p.data.float()  # as checkpoints are loaded
+        elif p.dim() == 2:
             nn.init.normal_(p, std=p.size(1) ** -0.5)
+    if merged:
+        m.merge_queries()
     return m.eval().requires_grad_(False)
 
 
@@ -125,12 +130,14 @@ def plainly(step: Step) -> Step:
     return run
 
 
-def step_case(part: str, step: Step, model: str, B: int, moved: int, products: int) -> Case:
+def step_case(
+    part: str, step: Step, model: str, B: int, moved: int, products: int, merged: bool
+) -> Case:
     """A step or a part: `moved` bytes of cache and states, `products` weights."""
     config = config_of(model)
 
     def make(device: str) -> Inputs:
-        m = made(model, BF16, device)
+        m = made(model, merged, BF16, device)
         first = m.model.layers[config.layer_types.index("mla")].mla
         mamba = m.model.layers[config.layer_types.index("mamba2")].mamba
         hidden = torch.randn(B, 1, config.hidden_size, dtype=BF16, device=device)
@@ -157,14 +164,16 @@ def step_case(part: str, step: Step, model: str, B: int, moved: int, products: i
         bytes=2 * products + moved, flops=2 * B * products, make=make, impls=impls,
         truth=named("truth", plainly(step)),
         max_error=0.3,  # dozens of layers, each rounding differently, on random weights
-        extra={"layout": LAYOUTS[model]},
+        extra={"layout": LAYOUTS[model], "queries": "merged" if merged else "in two projections"},
     )  # fmt: skip
 
 
-def model_cases(model: str, B: int) -> list[Case]:
+def model_cases(model: str, B: int, merged: bool) -> list[Case]:
     config = config_of(model)
     with torch.device("meta"):
         meta = zebra.ZebraForCausalLM(config)
+        if merged:
+            meta.merge_queries()
 
     def weights(*names: str) -> int:
         found = [m for n, m in meta.named_modules() if n.split(".")[-1] in names]
@@ -177,23 +186,27 @@ def model_cases(model: str, B: int) -> list[Case]:
         for s in specs
         if isinstance(s, StateSpec)
     )
+    name = ", merged queries" if merged else ""
     parts: list[tuple[str, Step, int, int]] = [
-        ("", whole, latents + B * state, weights("layers", "lm_head")),
-        (": latent attention", mixers("mla"), latents, weights("mla")),
+        (name, whole, latents + B * state, weights("layers", "lm_head")),
+        (f": latent attention{name}", mixers("mla"), latents, weights("mla")),
         (": attention alone", attention, latents, weights("kv_b_proj")),
         (": Mamba2 mixers", mixers("mamba2"), B * state, weights("mamba")),
         (": mamba2_step alone", states, B * state, 0),
         (": MLPs", mlps, 0, weights("mlp")),
         (": head", head, 0, weights("lm_head")),
     ]
-    return [step_case(part, step, model, B, moved, n) for part, step, moved, n in parts]
+    if merged:
+        parts = parts[:2]  # the others are the same
+    return [step_case(*part[:2], model, B, *part[2:], merged) for part in parts]
 
 
 def cases(device: str) -> list[Case]:
     """Whole models, so on a GPU only."""
     if device != "cuda":
         return []
-    return [case for m in LAYOUTS for B in (1, 48) for case in model_cases(m, B)]
+    kinds = [(m, B, merged) for m in LAYOUTS for merged in (False, True) for B in (1, 48)]
+    return [case for kind in kinds for case in model_cases(*kind)]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Mamba2 layer, and whole models.
 The peer of latent attention is eager PyTorch in the form of published code around the same
 attention library: rotation by many operations in the activation dtype, slices assigned to new
 tensors, KV heads repeated, F.scaled_dot_product_attention.  Whole models are timed with ssd_scan by
-its kernel and, at 2048 tokens, by its composite.  One shape: ``--only "'model': '8b', 'B': 8,"``.
+its kernel and by its composite.  One shape: ``--only "'model': '8b', 'B': 8,"``.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def model_case(model: str, B: int, T: int, dtype: torch.dtype, layers: int | Non
     mla = config.layer_types.count("mla")
     attention = mla * B * H * T * (T + 1) * (Dn + E + Dv)
     impls = {"zebra": run}
-    if has_composite_scan() and T <= 2048:
+    if has_composite_scan():
         impls["zebra, ssd_scan composite"] = before
     return case(
         "model prefill", model, B, T, dtype,

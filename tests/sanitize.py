@@ -2,10 +2,14 @@
 
 for tool in memcheck racecheck initcheck synccheck; do
     compute-sanitizer --tool $tool --error-exitcode 1 python tests/sanitize.py; done
+
+A name runs one kernel: ``python tests/sanitize.py ssd_scan``.  racecheck wants the Hopper kernels
+built with CUDAFLAGS=-DZEBRA_RACECHECK (csrc/common/sm90/ptx.cuh): it follows barriers by thread.
 """
 
 import itertools
 import os
+import sys
 
 import torch
 
@@ -135,12 +139,50 @@ def mla_decode() -> None:
     del os.environ["ZEBRA_PORTABLE"]
 
 
+def mamba2_step() -> None:
+    for dtype, N, width in itertools.product(DTYPES, (24, 64, 128), (2, 4)):
+        H, P, G, slots = 4, 24, 2, 3
+        channels = G * (P + N) + H * N
+        for state_dtype in {torch.float32, dtype}:
+
+            def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+                return torch.randn(shape, dtype=dtype, device="cuda")
+
+            ops.mamba2_step(
+                randn(3, H * P + channels + H),
+                randn(slots, channels, width - 1),
+                randn(slots, H, P, N, dtype=state_dtype),
+                randn(channels, width),
+                randn(channels),
+                randn(H),
+                randn(H, dtype=torch.float32),
+                randn(H),
+                randn(H * P),
+                G,
+                torch.tensor([2, -1, 0], dtype=torch.int32, device="cuda"),
+                A_is_log=True,
+            )
+
+
+def linear_decode() -> None:
+    for dtype, rows, (N, K) in itertools.product(
+        DTYPES, (1, 3, 20, 70), ((96, 64), (200, 264), (4096, 1024))
+    ):
+        x, w, up = (torch.randn(n, K, dtype=dtype, device="cuda") for n in (rows, N, N))
+        g, r = torch.ones_like(x[0]), torch.randn(rows, N, dtype=dtype, device="cuda")
+        ops.linear_decode(x, w)
+        ops.linear_decode(x, w, g, r[0], r)
+        ops.linear_decode(x, w, g, activation="swiglu", up_weight=up)
+
+
+KERNELS = (
+    rms_norm, causal_conv1d, ssd_scan, mamba2_step, linear_decode, mla_project, mla_attention,
+    mla_decode,
+)  # fmt: skip
+
 if __name__ == "__main__":
-    rms_norm()
-    causal_conv1d()
-    ssd_scan()
-    mla_project()
-    mla_attention()
-    mla_decode()
+    for kernel in KERNELS:
+        if sys.argv[1:] in ([], [kernel.__name__]):
+            kernel()
     torch.cuda.synchronize()
     print("every kernel ran")

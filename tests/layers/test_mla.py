@@ -3,7 +3,7 @@ import torch
 from tolerances import factor
 
 from zebra.cache import HybridCache, PagedSpec
-from zebra.layers import MultiheadLatentAttention, RotaryEmbedding
+from zebra.layers import MultiheadLatentAttention, RMSNorm, RotaryEmbedding
 from zebra.layers.mla import ABSORBED_ROWS, _equal_work
 from zebra.testing import assert_close
 
@@ -31,7 +31,7 @@ def pages(batch: int, device: str, fill: float = 0.0, page_size: int = 4) -> Hyb
     return cache
 
 
-def run_step(layer, cache, hidden):
+def run_step(layer, cache, hidden, **options):
     rows = cache.extend([hidden.size(1)] * hidden.size(0))
     return layer.step(
         hidden,
@@ -40,6 +40,7 @@ def run_step(layer, cache, hidden):
         rows.slot_mapping,
         rows.block_table,
         rows.seq_lens,
+        **options,
     )
 
 
@@ -201,3 +202,29 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         MultiheadLatentAttention(HIDDEN, 6, 4, R, NOPE, E, DV, rotary)
     with pytest.raises(ValueError, match="rotary must have dim"):
         MultiheadLatentAttention(HIDDEN, 6, 2, R, NOPE, 64, DV, rotary)
+
+
+@torch.no_grad()
+def test_merged_query_is_the_product_of_both_projections(device):
+    layer, hidden = make(device), torch.randn(2, 7, HIDDEN, device=device)
+    want = layer(hidden)
+    layer.merge_query()
+    names = make(device, q_lora_rank=None).state_dict().keys()
+    assert layer.state_dict().keys() == names
+    torch.testing.assert_close(layer(hidden), want, rtol=1e-4, atol=1e-5)
+    layer.merge_query()  # merged already
+    with pytest.raises(ValueError, match="a norm follows q_a_proj"):
+        make(latent_norm=True).merge_query()
+
+
+@torch.no_grad()
+def test_step_takes_the_norm_before_it(device):
+    layer, hidden = make(device), torch.randn(2, 1, HIDDEN, device=device)
+    norm = RMSNorm(HIDDEN).to(device)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    caches = [pages(2, device) for _ in range(2)]
+    got = run_step(layer, caches[0], hidden, norm=norm, residual=hidden)
+    want = hidden + run_step(layer, caches[1], norm(hidden))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    stored = [cache.layers[0].pages for cache in caches]
+    torch.testing.assert_close(*stored, rtol=1e-5, atol=1e-6)

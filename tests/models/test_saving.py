@@ -148,3 +148,16 @@ def test_official_checkpoint_that_does_not_fit_is_refused(
     write_official(model, tmp_path, scaling_type="yarn", head=True, **changes)
     with pytest.raises(ValueError, match=text):
         ZebraForCausalLM.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_merged_queries_are_saved_as_one_projection(make_model, device, tmp_path) -> None:
+    model = make_model()
+    want = model(ids(device), use_cache=False).logits
+    model.merge_queries()
+    model.save_pretrained(tmp_path)
+    again = ZebraForCausalLM.from_pretrained(tmp_path).eval().to(device)
+    assert again.config.q_lora_rank is None
+    assert not any("q_a_proj" in name for name in again.state_dict())
+    got = again(ids(device), use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

@@ -39,12 +39,18 @@ def decode_linear(
 def is_plain(x: Tensor, *linear: nn.Module) -> bool:
     """Whether ops.linear_decode may take x and the weights of these layers, and is the faster."""
     return (
-        x.is_cuda
+        is_inference(x)
+        and x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.numel() <= MAX_DECODE_ROWS * x.size(-1)
-        and not torch.is_autocast_enabled("cuda")
         and all(is_untouched(m, nn.Linear) and _is_like(m, x) for m in linear)
     )
+
+
+def is_inference(x: Tensor) -> bool:
+    """Whether nothing that only calling the layers would do is asked for: gradients, autocast."""
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    return not needs_grad and not torch.is_autocast_enabled(x.device.type)
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

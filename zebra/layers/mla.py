@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zebra import ops
 from zebra.layers.dtypes import autocast
-from zebra.layers.linear import decode_linear
+from zebra.layers.linear import decode_linear, is_inference, is_untouched
 from zebra.layers.norm import RMSNorm
 from zebra.layers.rope import RotaryEmbedding
 
@@ -113,6 +113,27 @@ class MultiheadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(kv_lora_rank, norm_eps) if latent_norm else None
         self.out_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
 
+    @torch.no_grad()
+    def merge_query(self) -> None:
+        """Replace q_a_proj and q_b_proj by their product, one projection a decoding step less.
+
+        For inference, in place; the parameters are then those of ``q_lora_rank=None``.  The product
+        is rounded once to the weights' dtype.
+
+        Raises:
+            ValueError: If a norm stands between the two.
+        """
+        if self.q_a_proj is None:
+            return
+        if self.q_a_layernorm is not None:
+            raise ValueError("MultiheadLatentAttention.merge_query: a norm follows q_a_proj")
+        first, second = self.q_a_proj.weight, self.q_b_proj.weight
+        merged = nn.Linear(first.size(1), second.size(0), bias=False, device="meta")
+        product = (second.double() @ first.double()).to(first.dtype)
+        merged.weight = nn.Parameter(product, requires_grad=first.requires_grad)
+        self.q_proj, self.q_a_proj = merged, None
+        del self.q_b_proj
+
     @property
     def cache_width(self) -> int:
         """Numbers cached per token: kv_lora_rank + qk_rope_head_dim."""
@@ -174,6 +195,7 @@ class MultiheadLatentAttention(nn.Module):
         slot_mapping: Tensor,
         block_table: Tensor,
         seq_lens: Tensor,
+        norm: RMSNorm | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         """Append T <= 16 tokens to every sequence and attend to its cache, absorbed form.
@@ -185,12 +207,15 @@ class MultiheadLatentAttention(nn.Module):
             slot_mapping: [B, T] int64, where the new tokens go; -1 = not stored.
             block_table: [B, max_pages] int32.
             seq_lens: [B] int32 cached tokens including the new ones; 0 = padding row.
+            norm: Applied to hidden first.
             residual: [B, T, hidden_size], added to the result.
 
         Returns:
             [B, T, hidden_size].
         """
-        q, _ = self._project(hidden, positions, cache, slot_mapping)
+        if norm is not None and not (is_untouched(norm, RMSNorm) and is_inference(hidden)):
+            hidden, norm = norm(hidden), None
+        q, _ = self._project(hidden, positions, cache, slot_mapping, norm)
         o = self._absorbed(q, cache, block_table, seq_lens).flatten(2)
         return decode_linear(self.out_proj, o, residual=residual)
 
@@ -215,6 +240,7 @@ class MultiheadLatentAttention(nn.Module):
         positions: Tensor,
         cache: Tensor | None,
         slot_mapping: Tensor | None,
+        norm: RMSNorm | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Queries with their rope part rotated, and [c | k_rope], stored where a cache is given."""
         q_a_weight = None if self.q_a_proj is None else self.q_a_proj.weight
@@ -234,6 +260,7 @@ class MultiheadLatentAttention(nn.Module):
         return ops.mla_project_append(
             hidden, q_a_weight, q_b_weight, kv_a_weight,
             cos, sin, positions, heads, cache, slot_mapping, q_norm, kv_norm, eps,
+            *(() if norm is None else (norm.weight, norm.eps)),
         )  # fmt: skip
 
     def _attend(self, q: Tensor, latent: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -114,8 +114,9 @@ class ZebraDecoderLayer(nn.Module):
             conv, ssm = store.conv_state, store.ssm_state
             return self.mamba.step(hidden, conv, ssm, rows.slots, norm, hidden)
         place = (store.pages, rows.slot_mapping, rows.block_table, rows.seq_lens)
-        mixer = self.mla if self.kind == "mla" else self.self_attn
-        return mixer.step(norm(hidden), positions, *place, residual=hidden)
+        if self.kind == "mla":
+            return self.mla.step(hidden, positions, *place, norm=norm, residual=hidden)
+        return self.self_attn.step(norm(hidden), positions, *place, residual=hidden)
 
     def _mix_tokens(
         self,
