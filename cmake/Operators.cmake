@@ -1,9 +1,10 @@
-# zebra_operator(NAME [CPU] [CUDA] [SM90A] [CUTLASS]) collects sources; zebra_build_libraries() makes the targets.
+# zebra_operator(NAME [CPU] [CUDA] [SM90A] [SM90A_WIDE] [CUTLASS]) collects sources; zebra_build_libraries() makes the targets.
 #
 # Files of an operator, all in csrc/NAME/:
 #   NAME_cpu.cpp         CPU kernels, torch-free; compiled once per instruction set
 #   NAME_cuda.cu         portable CUDA kernels, torch-free; ZEBRA_CUDA_ARCHS
 #   NAME_sm90.cu         Hopper kernels, torch-free; sm_90a only
+#   NAME_wide_sm90.cu    more of them
 #   NAME_torch_cpu.cpp   registration for CPU tensors
 #   NAME_torch_cuda.cpp  registration for CUDA tensors
 # CUTLASS: the Hopper kernels of this operator include CUTLASS headers (third_party/).
@@ -31,6 +32,8 @@ macro(zebra_operator NAME)
       list(APPEND ZEBRA_CUDA_TORCH "${dir}/${NAME}_torch_cuda.cpp")
     elseif(part STREQUAL "SM90A")
       list(APPEND ZEBRA_SM90A_KERNELS "${dir}/${NAME}_sm90.cu")
+    elseif(part STREQUAL "SM90A_WIDE")
+      list(APPEND ZEBRA_SM90A_KERNELS "${dir}/${NAME}_wide_sm90.cu")
     elseif(part STREQUAL "CUTLASS")
       set(ZEBRA_NEEDS_CUTLASS ON)
     else()
@@ -116,9 +119,10 @@ endfunction()
 
 # benchmarks/native/NAME.cu and the kernels of the operator it drives: a program without torch, Python
 # or a CUDA runtime library, to be copied to a machine with a GPU.
-function(zebra_native_driver NAME)
+function(zebra_native_driver NAME)  # NAME, then further sources
   zebra_cuda_objects(zebra_native_${NAME}_objects ARCHS 90a SOURCES
-    "benchmarks/native/${NAME}.cu" "csrc/${NAME}/${NAME}_cuda.cu" "csrc/${NAME}/${NAME}_sm90.cu")
+    "benchmarks/native/${NAME}.cu" "csrc/${NAME}/${NAME}_cuda.cu" "csrc/${NAME}/${NAME}_sm90.cu"
+    ${ARGN})
   add_executable(zebra_native_${NAME} $<TARGET_OBJECTS:zebra_native_${NAME}_objects>)
   set_target_properties(zebra_native_${NAME} PROPERTIES
     CUDA_ARCHITECTURES OFF LINKER_LANGUAGE CXX OUTPUT_NAME ${NAME}
@@ -174,7 +178,7 @@ function(zebra_build_libraries)
     target_include_directories(zebra_test_configs PRIVATE csrc)
     target_compile_options(zebra_test_configs PRIVATE ${ZEBRA_COMPILE_OPTIONS})
     add_test(NAME configs COMMAND zebra_test_configs)
-    foreach(kernel linear_decode mla_decode ssd_scan)
+    foreach(kernel linear_decode mla_decode mla_decode_wide ssd_scan)
       add_executable(zebra_emulate_${kernel} tests/csrc/emulate_${kernel}.cpp)
       set_target_properties(zebra_emulate_${kernel} PROPERTIES CXX_STANDARD 20)  # <barrier>
       target_include_directories(zebra_emulate_${kernel} PRIVATE csrc)
@@ -183,13 +187,15 @@ function(zebra_build_libraries)
       target_link_libraries(zebra_emulate_${kernel} PRIVATE pthread)
       add_test(NAME emulate_${kernel} COMMAND zebra_emulate_${kernel})
     endforeach()
+    target_include_directories(zebra_emulate_mla_decode_wide BEFORE PRIVATE
+      tests/csrc/sm90_on_host tests/csrc)  # Hopper's instructions, before the device's own
   endif()
   if(ZEBRA_NATIVE)
     if(NOT ZEBRA_CUDA_FOUND)
       message(FATAL_ERROR "zebra: ZEBRA_NATIVE=ON but no nvcc was found (set CUDACXX or PATH)")
     endif()
     zebra_native_driver(linear_decode)
-    zebra_native_driver(mla_decode)
+    zebra_native_driver(mla_decode csrc/mla_decode/mla_decode_wide_sm90.cu)
     zebra_native_driver(ssd_scan)
   endif()
   zebra_build_bindings()

@@ -8,7 +8,7 @@
 #include "causal_conv1d/causal_conv1d_config.h"
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
-#include "mla_decode/mla_decode_config.h"
+#include "mla_decode/mla_decode_wide_config.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_config.h"
 #include "ssd_scan/ssd_scan_sm90_config.h"
@@ -100,14 +100,17 @@ py::dict ssd_scan_sm90_config(std::int64_t batch, std::int64_t tokens, std::int6
 py::dict mla_decode_config(std::int64_t batch, std::int64_t rows, std::int64_t rank,
                            std::int64_t rope, std::int64_t max_tokens, std::int64_t split_size,
                            std::int64_t sms, int smem_limit, bool tma) {
-  if (!zebra::mla_decode_takes(rank, rope))
+  const zebra::MlaDecodeShape shape = {batch, rows, rank, rope, max_tokens, split_size, tma};
+  const bool wide = tma && zebra::mla_wide_takes(rank, rope, zebra::kMlaTmaStage) &&
+                    zebra::mla_wide_is_better(rows, rank);
+  if (!wide && !zebra::mla_decode_takes(rank, rope))
     throw py::value_error(
-        "zebra: mla_decode has CUDA tiles for ranks up to 256 and rope widths up to 64, multiples"
-        " of 8");
-  if (tma && !zebra::mla_decode_tma_takes(rank, rope, zebra::kMlaTmaStage))
+        "zebra: mla_decode has CUDA tiles for ranks up to 256, with TMA 512, and rope widths up to"
+        " 64, multiples of 8");
+  if (!wide && tma && !zebra::mla_decode_tma_takes(rank, rope, zebra::kMlaTmaStage))
     throw py::value_error("zebra: TMA brings no columns that are filled with zeros");
-  const zebra::MlaDecodeConfig c = zebra::select_mla_decode_config(
-      {batch, rows, rank, rope, max_tokens, split_size, tma}, sms, smem_limit);
+  const zebra::MlaDecodeConfig c = wide ? zebra::select_mla_wide_config(shape, sms)
+                                        : zebra::select_mla_decode_config(shape, sms, smem_limit);
   return py::dict(py::arg("rank") = c.rank, py::arg("rope") = c.rope, py::arg("stage") = c.stage,
                   py::arg("groups") = c.groups, py::arg("passes") = c.passes,
                   py::arg("halves") = c.halves, py::arg("streams") = c.streams,

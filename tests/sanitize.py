@@ -133,6 +133,9 @@ def mla_decode() -> None:
             for portable in ("0", "1"):
                 os.environ["ZEBRA_PORTABLE"] = portable
                 ops.mla_decode(q, cache, table, lengths, 0.1, kv_lora_rank=R, split_size=split)
+                narrow = q[..., : 24 + E]
+                weight = torch.randn(H * (24 + 40), R, dtype=dtype, device="cuda")
+                ops.mla_decode(narrow, cache, table, lengths, 0.1, weight, H, split_size=split)
     del os.environ["ZEBRA_PORTABLE"]
 
 

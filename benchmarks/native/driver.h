@@ -268,11 +268,11 @@ class Bench {
   double floor_us(double bytes) const { return bytes / bytes_per_us; }
 
   static void print_header(const char* shape) {
-    std::printf("%-44s %8s %8s %9s %6s %8s %7s\n", shape, "floor us", "read us", "measured", "TB/s",
+    std::printf("%-52s %8s %8s %9s %6s %8s %7s\n", shape, "floor us", "read us", "measured", "TB/s",
                 "% floor", "% read");
   }
   void print_row(const char* shape, double bytes, double read_us, double us) const {
-    std::printf("%-44s %8.2f %8.2f %9.2f %6.2f %7.1f%% %6.1f%%", shape, floor_us(bytes), read_us,
+    std::printf("%-52s %8.2f %8.2f %9.2f %6.2f %7.1f%% %6.1f%%", shape, floor_us(bytes), read_us,
                 us, bytes / us * 1e-6, 100 * floor_us(bytes) / us, 100 * read_us / us);
   }
 

@@ -1,16 +1,14 @@
 // Checks and times mla_decode's CUDA kernels without torch: see README.md.
 #include "driver.h"
-#include "mla_decode_problem.h"
+#include "mla_decode_expected.h"
 
 namespace zebra::native {
 namespace {
 
-Tally tally;
-
 // ---- check
 
 void poison_outputs(const Problem& problem) {
-  CUDA_OK(cudaMemset(problem.p.o, 0xff, problem.rows() * problem.p.R * 2));
+  CUDA_OK(cudaMemset(problem.p.o, 0xff, problem.rows() * problem.p.v_dim * 2));
   CUDA_OK(cudaMemset(problem.p.lse, 0xff, problem.rows() * 4));
   CUDA_OK(cudaMemset(problem.workspace, 0xff, problem.workspace_bytes));
 }
@@ -18,142 +16,6 @@ void poison_outputs(const Problem& problem) {
 void launch(const Problem& problem, bool portable, cudaStream_t stream = nullptr) {
   launched(portable ? mla_decode_portable(problem.p, problem.workspace, stream)
                     : mla_decode_cuda(problem.p, problem.workspace, stream));
-}
-
-struct Output {
-  std::vector<std::uint16_t> o;
-  std::vector<float> lse;
-  explicit Output(const Problem& problem)
-      : o(to_host(static_cast<std::uint16_t*>(problem.p.o), problem.rows() * problem.p.R)),
-        lse(to_host(static_cast<float*>(problem.p.lse), problem.rows())) {}
-  bool operator==(const Output& other) const {
-    return same_bytes(o, other.o) && same_bytes(lse, other.lse);
-  }
-};
-
-// In fp64, a CTA a row of q.  `size` is sum p |c|: what errors of o are relative to.
-template <typename T>
-__global__ void __launch_bounds__(128) expected_kernel(MlaDecodeParams p, double* o, double* size,
-                                                       double* lse, double* scores, long most) {
-  const long row = blockIdx.x, b = row / (p.T * p.H), t = row / p.H % p.T, h = row % p.H;
-  const long limit = p.seq_lens[b] - p.T + t + 1;  // tokens that this one sees, if positive
-  const T* const q =
-      static_cast<const T*>(p.q) + b * p.q_stride[0] + t * p.q_stride[1] + h * p.q_stride[2];
-  const auto cached = [&](long j) {
-    const long page = p.block_table[b * p.table_stride + j / p.page];
-    return static_cast<const T*>(p.cache) + page * p.page_stride + j % p.page * p.row_stride;
-  };
-  double* const score = scores + row * most;
-  __shared__ double parts[128];
-  double top = -INFINITY;
-  for (long j = threadIdx.x; j < limit; j += 128) {
-    const T* const c = cached(j);
-    double sum = 0;
-    for (long d = 0; d < p.R + p.E; ++d)
-      sum += static_cast<double>(to_float(q[d])) * static_cast<double>(to_float(c[d]));
-    score[j] = sum * p.scale;
-    top = fmax(top, score[j]);
-  }
-  parts[threadIdx.x] = top;
-  __syncthreads();
-  for (int i = 0; i < 128; ++i) top = fmax(top, parts[i]);
-  __syncthreads();
-  double total = 0;
-  for (long j = threadIdx.x; j < limit; j += 128) total += score[j] = exp(score[j] - top);
-  parts[threadIdx.x] = total;
-  __syncthreads();
-  total = 0;
-  for (int i = 0; i < 128; ++i) total += parts[i];
-  for (long d = threadIdx.x; d < p.R; d += 128) {
-    double sum = 0, absolute = 0;
-    for (long j = 0; j < limit; ++j) {
-      const double v = score[j] * static_cast<double>(to_float(cached(j)[d]));
-      sum += v, absolute += fabs(v);
-    }
-    o[row * p.R + d] = limit > 0 ? sum / total : 0;
-    size[row * p.R + d] = limit > 0 ? absolute / total : 0;
-  }
-  if (threadIdx.x == 0) lse[row] = limit > 0 ? top + log(total) : -INFINITY;
-}
-
-double to_double(std::uint16_t bits, bool bf16) {
-  if (bf16) {
-    const std::uint32_t wide = std::uint32_t{bits} << 16;
-    float v;
-    std::memcpy(&v, &wide, 4);
-    return v;
-  }
-  return static_cast<float>(__half(__half_raw{bits}));
-}
-
-std::string counts(const char* name, const std::vector<long>& bad, std::size_t most) {
-  std::string text = std::string("\n  bad by ") + name + ":";
-  for (std::size_t i = 0; i < bad.size() && i < most; ++i) text += " " + std::to_string(bad[i]);
-  return text;
-}
-
-// Reports what is wrong with the outputs that a kernel has just written.
-template <typename T>
-void compare(Arena& arena, const Problem& problem, const Case& c, const char* route) {
-  ++tally.runs;
-  const MlaDecodeParams& p = problem.p;
-  const long rows = problem.rows(), count = rows * p.R, row_count = p.T * p.H;
-  const long most = std::max(1, *std::max_element(c.lens.begin(), c.lens.end()));
-  const std::size_t mark = arena.mark();
-  double* const device_o = arena.take_as_is<double>(count);
-  double* const device_size = arena.take_as_is<double>(count);
-  double* const device_lse = arena.take_as_is<double>(rows);
-  double* const scores = arena.take_as_is<double>(rows * most);
-  expected_kernel<T>
-      <<<static_cast<unsigned>(rows), 128>>>(p, device_o, device_size, device_lse, scores, most);
-  CUDA_OK(cudaGetLastError());
-  const std::vector<double> want = to_host(device_o, count), size = to_host(device_size, count);
-  const std::vector<double> want_lse = to_host(device_lse, rows);
-  arena.release(mark);
-  const Output got(problem);
-
-  // p and o are rounded once each, by half of `unit`; twice that, and what exponents of steep
-  // scores lose in fp32.
-  const double unit = c.bf16 ? 1. / 256 : 1. / 2048, most_rms = c.bf16 ? 4e-3 : 6e-4;
-  std::vector<long> by_column(ceil_div<long>(p.R, 16)), by_row(row_count), by_sequence(p.B);
-  long bad = 0, first = -1, bad_lse = 0, first_lse = -1;
-  double errors = 0, sizes = 0;
-  for (long i = 0; i < count; ++i) {
-    const double error = std::fabs(to_double(got.o[i], c.bf16) - want[i]);
-    errors += error * error, sizes += size[i] * size[i];
-    if (error <= unit * (std::fabs(want[i]) + size[i]) + 5e-4 * size[i]) continue;
-    if (bad++ == 0) first = i;
-    const long row = i / p.R;
-    ++by_column[i % p.R / 16], ++by_row[row % row_count], ++by_sequence[row / row_count];
-  }
-  for (long i = 0; i < rows; ++i) {
-    const double v = got.lse[i], e = want_lse[i];
-    if (std::isinf(e) ? v == e : std::fabs(v - e) <= 2e-4 * std::max(1., std::fabs(e))) continue;
-    if (bad_lse++ == 0) first_lse = i;
-  }
-  const double rms = sizes > 0 ? std::sqrt(errors / sizes) : 0;
-  if (bad == 0 && bad_lse == 0 && rms <= most_rms) return;
-
-  std::printf(
-      "FAIL %s\n  bad: %ld of %ld of o, %ld of %ld of lse; relative error %.2e (at most %.1e)",
-      describe(c, route).c_str(), bad, count, bad_lse, rows, rms, most_rms);
-  const auto where = [&](long row) {
-    return "[b " + std::to_string(row / row_count) + ", t " + std::to_string(row / p.H % p.T) +
-           ", h " + std::to_string(row % p.H) + "]";
-  };
-  if (first >= 0)
-    std::printf("\n  first of o %s, d %ld: got %g, expected %g", where(first / p.R).c_str(),
-                first % p.R, to_double(got.o[first], c.bf16), want[first]);
-  if (first_lse >= 0)
-    std::printf("\n  first of lse %s: got %g, expected %g", where(first_lse).c_str(),
-                static_cast<double>(got.lse[first_lse]), want_lse[first_lse]);
-  if (bad > 0)
-    std::printf("%s%s%s", counts("16 columns", by_column, 16).c_str(),
-                counts("row (t, h)", by_row, 40).c_str(),
-                counts("sequence", by_sequence, 24).c_str());
-  std::printf("\n");
-  print_config(config_of(p, takes_tma(p) && std::strcmp(route, "cp.async") != 0));
-  tally.fail();
 }
 
 void expect_same(const Output& a, const Output& b, const std::string& what) {
@@ -177,9 +39,9 @@ void check_typed(Arena& arena, const Case& c, unsigned seed) {
   current_case = describe(c, "data");
   const Problem problem = make_problem<T>(arena, c, seed);
   for (const bool portable : {false, true}) {
-    const bool tma = takes_tma(problem.p);
-    if (portable && !tma) continue;  // it was what the first one took
-    const char* const route = tma && !portable ? "TMA" : "cp.async";
+    const bool tma = takes_tma(problem.p), wide = takes_wide(problem.p);
+    if (portable && (wide ? !mla_decode_takes(c.R, c.E) : !tma)) continue;  // none, or it was that
+    const char* const route = portable ? "cp.async" : wide ? "wide" : tma ? "TMA" : "cp.async";
     current_case = describe(c, route);
     const Output first = run_once(problem, portable);
     compare<T>(arena, problem, c, route);
@@ -222,6 +84,88 @@ void check_lengths_and_pages(Arena& arena) {
   check_case(arena, {"last huge", lens, 2, 32, 160, 64, 64});
 }
 
+Case with_weight(Case c, int G, int nope, int v_dim) {
+  c.name = "kv_b_weight", c.G = G, c.nope = nope, c.v_dim = v_dim;
+  return c;
+}
+
+void check_weight(Arena& arena) {
+  for (const bool bf16 : {true, false}) {
+    check_case(arena, with_weight({"", {64}, 1, 32, 160, 64, 64, bf16}, 8, 64, 128));
+    check_case(arena, with_weight({"", {5000}, 1, 32, 160, 64, 64, bf16}, 8, 64, 128));
+    check_case(arena, with_weight({"", {40000}, 1, 32, 160, 64, 64, bf16}, 8, 64, 128));
+    check_case(arena, with_weight({"", {700, 0, 33, 64, 1}, 1, 24, 128, 64, 64, bf16}, 8, 64, 128));
+    check_case(arena, with_weight({"", {700, 0, 33, 64, 1}, 3, 32, 128, 32, 64, bf16}, 8, 32, 64));
+  }
+  check_case(arena, with_weight({"", std::vector<int>(40, 0), 1, 4, 64, 64, 64}, 2, 64, 64));
+  for (const int batch : {2, 7, 8, 16, 33, 64, 140, 256, 300, 700}) {
+    std::vector<int> lens(batch);
+    for (int i = 0; i < batch; ++i) lens[i] = i % 9 == 4 ? 0 : (i * 131 + batch) % 400;
+    check_case(arena, with_weight({"", lens, 1, 32, 160, 64, 64}, 8, 64, 128));
+    lens[batch / 2] = 3000;
+    check_case(arena, with_weight({"", lens, 2, 24, 128, 64, 16, false}, 8, 64, 128));
+  }
+  // Sizes that tiles do not divide, heads with a KV head each or one for all, more than one pass.
+  constexpr int kSizes[][5] = {{8, 8, 8, 8, 2},       {16, 0, 8, 24, 4},       {48, 8, 24, 40, 1},
+                               {80, 24, 40, 136, 3},  {96, 64, 128, 128, 8},   {112, 8, 0, 16, 2},
+                               {160, 64, 72, 264, 2}, {192, 64, 128, 128, 16}, {248, 56, 200, 8, 4},
+                               {256, 64, 512, 512, 2}};
+  for (const auto& [R, E, nope, v_dim, G] : kSizes)
+    for (const int group : {1, 3, 9})
+      for (const int T : {1, 5}) {
+        Case c = {"", {900, 17, 0, 130, 64, 4}, T, G * group, R, E, 64, (T + group) % 4 == 0};
+        c.q_pad = group == 3, c.row_pad = group == 9 ? 8 : 0, c.split = T == 5 ? 100 : 0;
+        check_case(arena, with_weight(c, G, nope, v_dim));
+      }
+}
+
+// Many rows, or latents wider than 256.
+void check_wide(Arena& arena) {
+  for (const int tokens : {1, 64, 128, 5000})
+    for (const int H : {64, 128}) check_case(arena, {"wide", {tokens}, 1, H, 512, 64, 64});
+  for (const bool bf16 : {true, false})
+    for (const int E : {0, 8, 64}) {
+      for (const int R : {264, 320, 448, 480, 512})
+        check_case(arena, {"wide", {700, 0, 33, 64, 1}, 1, 64, R, E, 64, bf16});
+      for (const int R : {8, 64, 120, 128, 136, 160, 192, 256})
+        check_case(arena, {"many rows", {700, 0, 33, 64, 1}, 2, 32, R, E, 64, bf16});
+    }
+  for (const int H : {1, 3, 16, 17, 40, 64, 65, 100, 126, 128})
+    for (const int T : {1, 2, 5})
+      check_case(arena, {"wide", {1, 65, 200, T}, T, H, 512, 64, 64, (H + T) % 2 == 0});
+  for (const int page : {8, 16, 24, 32, 48, 64, 128, 256})
+    for (const int T : {1, 2}) {
+      const std::vector<int> lens = {0, 1, 31, 63, 64, 65, 127, 128, 129, page, page + 1, 1000};
+      check_case(arena, {"wide edges", lens, T, 64, 512, 64, page});
+      check_case(arena, {"many rows, edges", lens, T + 1, 24, 128, 64, page});
+    }
+  std::vector<int> lens(300);
+  for (int i = 0; i < 300; ++i) lens[i] = i % 5 == 0 ? 0 : i * 131 % 513;
+  check_case(arena, {"wide, many", lens, 1, 128, 512, 64, 64});
+  check_case(arena, {"wide, empty", std::vector<int>(300, 0), 1, 128, 512, 64, 64});
+  lens.assign(70, 100), lens.back() = 25000;
+  check_case(arena, {"wide, last huge", lens, 1, 128, 512, 64, 64});
+  Case odd = {"wide strides", {1333, 1, 77}, 2, 24, 512, 64, 64};
+  odd.row_pad = 8, odd.q_pad = true;
+  check_case(arena, odd);
+  odd.q_pad = false, odd.far = true;
+  check_case(arena, odd);
+  for (const Content content :
+       {Content::kRising, Content::kFalling, Content::kSpikes, Content::kEqual, Content::kSteps})
+    for (const bool bf16 : {true, false})
+      for (const int split : {0, 64})
+        for (const int R : {512, 160})
+          check_case(arena, {"wide, steep", {300, 2000}, 2, 32, R, 64, 64, bf16, split, content});
+  for (const int batch : {1, 7, 40, 300}) {
+    lens.assign(batch, 0);
+    for (int i = 0; i < batch; ++i) lens[i] = i % 9 == 4 ? 0 : (i * 131 + batch) % 400;
+    lens[batch / 2] = 3000;
+    check_case(arena, with_weight({"", lens, 1, 128, 512, 64, 64}, 128, 128, 128));
+    check_case(arena, with_weight({"", lens, 2, 16, 512, 64, 64, false, 100}, 4, 128, 128));
+    check_case(arena, with_weight({"", lens, 2, 32, 160, 64, 64}, 8, 64, 128));
+  }
+}
+
 void check_random(Arena& arena) {
   std::mt19937 random(7);
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
@@ -229,13 +173,13 @@ void check_random(Arena& arena) {
     Case c = {"random",
               std::vector<int>(1 + below(9)),
               1 + below(4),
-              1 + below(40),
-              8 * (1 + below(32)),
+              1 + below(i % 3 == 0 ? 130 : 40),
+              8 * (1 + below(i % 3 == 0 ? 64 : 32)),
               8 * below(9),
               1};
     for (int& length : c.lens) length = below(4) == 0 ? below(3) : below(1500);
     constexpr int kPages[] = {1, 8, 16, 32, 64, 128, 256};
-    c.page = kPages[below(7)], c.bf16 = below(2) == 0;
+    c.page = kPages[c.R > 256 ? 1 + below(6) : below(7)], c.bf16 = below(2) == 0;
     c.split = below(3) == 0 ? 1 + below(600) : 0;
     c.content = static_cast<Content>(below(4) == 0 ? below(6) : 0);
     c.row_pad = 8 * below(2), c.q_pad = below(2) == 0;
@@ -244,8 +188,7 @@ void check_random(Arena& arena) {
 }
 
 // With split_size the result of a sequence does not depend on its batch.
-void check_invariance(Arena& arena) {
-  const Case c = {"invariance", {900, 3, 1500, 64}, 2, 32, 160, 64, 64, true, 256};
+void check_invariance(Arena& arena, const Case& c) {
   arena.release(0);
   const Problem all = make_problem<__nv_bfloat16>(arena, c, 99);
   const Output together = run_once(all, false);
@@ -258,15 +201,14 @@ void check_invariance(Arena& arena) {
     Output expected = together;
     const long rows = one.rows();
     expected.lse.assign(together.lse.begin() + b * rows, together.lse.begin() + (b + 1) * rows);
-    expected.o.assign(together.o.begin() + b * rows * c.R,
-                      together.o.begin() + (b + 1) * rows * c.R);
+    expected.o.assign(together.o.begin() + b * rows * all.p.v_dim,
+                      together.o.begin() + (b + 1) * rows * all.p.v_dim);
     expect_same(expected, run_once(one, false), current_case);
   }
 }
 
 // A graph serves whatever lengths the device holds when it runs.
-void check_graph(Arena& arena, cudaStream_t stream) {
-  Case c = {"graph", {2000, 1300, 64, 1}, 1, 32, 160, 64, 64};
+void check_graph(Arena& arena, cudaStream_t stream, Case c) {
   arena.release(0);
   const Problem problem = make_problem<__nv_bfloat16>(arena, c, 123);
   launch(problem, false, stream);
@@ -314,13 +256,14 @@ void check_streams(Arena& arena) {
 }
 
 // Short products follow each other closest, where a missing barrier shows now and then.
-void check_repeats(Arena& arena) {
-  const Case c = {"repeats", {777, 3, 4100}, 1, 32, 64, 64, 64};
+void check_repeats(Arena& arena, bool wide) {
+  Case c = {"repeats", {777, 3, 4100}, 1, 32, 64, 64, 64};
+  if (wide) c.T = 2, c.H = 64, c.R = 512;
   arena.release(0);
   const Problem problem = make_problem<__nv_bfloat16>(arena, c, 17);
   const Output first = run_once(problem, false);
   for (int i = 0; i < 1000; ++i) {
-    current_case = "repeat " + std::to_string(i) + " of " + describe(c, "TMA");
+    current_case = "repeat " + std::to_string(i) + " of " + describe(c, "dispatched");
     launch(problem, false);
     CUDA_OK(cudaDeviceSynchronize());
     expect_same(first, Output(problem), current_case);
@@ -335,6 +278,8 @@ int check() {
   check_case(arena, {"one sequence", {300}, 1, 32, 160, 64, 64});
   check_case(arena, {"one sequence, cut", {5000}, 1, 32, 160, 64, 64});
   tally.section("plain");
+  check_weight(arena);
+  tally.section("kv_b_weight");
 
   for (const bool bf16 : {true, false})
     for (const int R : {64, 96, 128, 160, 192, 256})
@@ -383,17 +328,27 @@ int check() {
       check_case(arena, {"split", {1500, 3, 0, 700, 65}, T, 128, 256, 64, 16, false, split});
     }
   tally.section("split_size");
+  check_wide(arena);
+  tally.section("many rows, wide latents");
 
   check_random(arena);
   tally.section("random");
 
   cudaStream_t stream;
   CUDA_OK(cudaStreamCreate(&stream));
-  check_invariance(arena);
-  check_graph(arena, stream);
+  const Case invariant = {"invariance", {900, 3, 1500, 64}, 2, 32, 160, 64, 64, true, 256};
+  check_invariance(arena, invariant);
+  check_invariance(arena, with_weight(invariant, 8, 64, 128));
+  check_invariance(arena, {"invariance", {900, 3, 1500, 64}, 1, 128, 512, 64, 64, true, 256});
+  const Case replayed = {"graph", {2000, 1300, 64, 1}, 1, 32, 160, 64, 64};
+  check_graph(arena, stream, replayed);
+  check_graph(arena, stream, with_weight(replayed, 8, 64, 128));
+  const Case wide = {"graph", {2000, 1300, 64, 1}, 1, 128, 512, 64, 64};
+  check_graph(arena, stream, wide);
+  check_graph(arena, stream, with_weight(wide, 128, 128, 128));
   CUDA_OK(cudaStreamDestroy(stream));
   check_streams(arena);
-  check_repeats(arena);
+  for (const bool wide : {false, true}) check_repeats(arena, wide);
   return tally.finish();
 }
 
@@ -406,7 +361,7 @@ struct Shape {
   int B, tokens, H, R, E;
 };
 
-Problem make_shape(Arena& arena, const Shape& s, int T, void* pool) {
+Problem make_shape(Arena& arena, const Shape& s, int T, void* pool, bool has_weight) {
   constexpr int kPage = 64;
   Problem made;
   MlaDecodeParams& p = made.p;
@@ -425,10 +380,17 @@ Problem make_shape(Arena& arena, const Shape& s, int T, void* pool) {
   int* const lens = arena.take<int>(s.B);
   to_device(lens, std::vector<int>(s.B, s.tokens));
   p.seq_lens = lens, p.seq_lens_stride = 1;
-  p.q_stride[2] = p.row_stride, p.q_stride[1] = p.row_stride * s.H;
-  p.q_stride[0] = p.q_stride[1] * T;
+  if (has_weight) {
+    const bool is_1b = std::strcmp(s.model, "1B") == 0;
+    if (s.R > 256)
+      take_weight<__nv_bfloat16>(arena, p, s.H, 128, 128, 4);
+    else
+      take_weight<__nv_bfloat16>(arena, p, 8, is_1b ? 32 : 64, is_1b ? 64 : 128, 4);
+  }
+  const long width = has_weight ? p.nope + p.E : p.row_stride;
+  p.q_stride[2] = width, p.q_stride[1] = width * s.H, p.q_stride[0] = p.q_stride[1] * T;
   auto* const q = arena.take<__nv_bfloat16>(p.B * p.q_stride[0]);
-  fill(q, made.rows(), p.row_stride, p.row_stride, 1.f, 0.f, 5);
+  fill(q, made.rows(), width, width, 1.f, 0.f, 5);
   p.q = q;
   take_outputs(arena, made);
   CUDA_OK(cudaDeviceSynchronize());
@@ -439,24 +401,29 @@ Problem make_shape(Arena& arena, const Shape& s, int T, void* pool) {
 // same call.
 void time_shape(const Bench& bench, Arena& arena, char* pool, const Shape& s, int T) {
   const std::size_t mark = arena.mark();
-  const Problem problem = make_shape(arena, s, T, pool);
+  const Problem problem = make_shape(arena, s, T, pool, false);
+  const Problem whole = make_shape(arena, s, T, pool, true);
   const double cache_bytes = 2. * s.B * s.tokens * (s.R + s.E);
   const double bytes = cache_bytes + 2. * static_cast<double>(problem.rows()) * (2 * s.R + s.E);
   const int replays = bytes > 3e8 ? 7 : 15;
   const auto dirty = [&] { bench.flush_by_write(); };
   const double read_us = graph_us(bench.stream, replays, dirty,
                                   [&] { bench.read(pool, static_cast<std::size_t>(bytes)); });
-  for (const bool portable : {false, true}) {
+  constexpr const char* kForms[] = {"dispatched", "cp.async", "kv_b_weight"};
+  const double flops = 2. * static_cast<double>(problem.rows()) * s.tokens * (2. * s.R + s.E);
+  for (int form = 0; form < 3; ++form) {
+    if (form == 1 && !mla_decode_takes(s.R, s.E)) continue;
     char name[96];
     std::snprintf(name, sizeof(name), "%s B %3d, %6d tokens, H %3d, T %d, %s", s.model, s.B,
-                  s.tokens, s.H, T, portable ? "cp.async" : "TMA");
+                  s.tokens, s.H, T, kForms[form]);
     current_case = name;
-    const auto call = [&] { launch(problem, portable, bench.stream); };
+    const auto call = [&] { launch(form == 2 ? whole : problem, form == 1, bench.stream); };
     const double us = graph_us(bench.stream, replays, dirty, call);
     const double clean_us = graph_us(bench.stream, replays, [&] { bench.flush_by_read(); }, call);
     const double hot_us = graph_us(bench.stream, replays, [] {}, call);
     bench.print_row(name, bytes, read_us, us);
-    std::printf("  clean L2 %.1f, again %.1f us\n", clean_us, hot_us);
+    std::printf("  clean L2 %.1f, again %.1f us; %.0f TFLOP/s\n", clean_us, hot_us,
+                flops / us * 1e-6);
   }
   arena.release(mark);
 }
@@ -483,6 +450,12 @@ int time() {
   for (const int T : {2, 4}) time_shape(bench, arena, pool, {"8B", 64, 8192, 32, 160, 64}, T);
   for (const int H : {8, 16, 64, 128})
     time_shape(bench, arena, pool, {"8B", 64, 8192, H, 160, 64}, 1);
+  constexpr Shape kWide[] = {{"DeepSeek", 1, 32768, 128, 512, 64},
+                             {"DeepSeek", 8, 8192, 128, 512, 64},
+                             {"DeepSeek", 64, 8192, 128, 512, 64},
+                             {"DeepSeek", 64, 8192, 64, 512, 64},
+                             {"DeepSeek", 64, 8192, 16, 512, 64}};
+  for (const Shape& s : kWide) time_shape(bench, arena, pool, s, 1);
   return 0;
 }
 

@@ -7,6 +7,8 @@
 #include "driver.h"
 #include "mla_decode/mla_decode.h"
 #include "mla_decode/mla_decode_config.h"
+#include "mla_decode/mla_decode_weight_config.h"
+#include "mla_decode/mla_decode_wide_config.h"
 
 namespace zebra::native {
 // What the first column of the cached latents holds, on which the scores then depend.
@@ -22,6 +24,7 @@ struct Case {
   int row_pad = 0;     // elements between cached rows; more of them between pages
   bool q_pad = false;  // rows of q apart, and aligned to 4 bytes only
   bool far = false;    // the pages end 6 GiB into the cache: offsets beyond 2^31 elements
+  int G = 0, nope = 0, v_dim = 0;  // kv_b_weight's, for G > 0
 };
 
 inline std::string describe(const Case& c, const char* route) {
@@ -32,20 +35,37 @@ inline std::string describe(const Case& c, const char* route) {
   char text[320];
   std::snprintf(text, sizeof(text),
                 "%s, %s: R %d + %d, H %d, T %d, page %d, %s, split %d, content %d, row pad %d%s%s, "
-                "lengths %s",
+                "KV heads %d (%d + %d), lengths %s",
                 c.name, route, c.R, c.E, c.H, c.T, c.page, c.bf16 ? "bf16" : "fp16", c.split,
                 static_cast<int>(c.content), c.row_pad, c.q_pad ? ", padded q" : "",
-                c.far ? ", far" : "", lens.c_str());
+                c.far ? ", far" : "", c.G, c.nope, c.v_dim, lens.c_str());
   return text;
 }
 
+inline bool takes_tma(const MlaDecodeParams& p) { return mla_decode_tma_takes(p.R, p.E, p.page); }
+inline bool takes_wide(const MlaDecodeParams& p) {
+  return mla_wide_takes(p.R, p.E, p.page) && mla_wide_is_better(p.T * p.H, p.R);
+}
 // As the launchers choose, for their workspaces and for reports.
-inline MlaDecodeConfig config_of(const MlaDecodeParams& p, bool tma) {
-  return select_mla_decode_config(
-      {p.B, p.T * p.H, p.R, p.E, p.max_pages * p.page, p.split_size, tma}, multiprocessors(),
+inline MlaDecodeConfig config_of(const MlaDecodeParams& p, bool portable) {
+  const MlaDecodeShape shape = {p.B,
+                                p.T * p.H,
+                                p.R,
+                                p.E,
+                                p.max_pages * p.page,
+                                p.split_size,
+                                !portable && takes_tma(p),
+                                p.weight != nullptr};
+  return !portable && takes_wide(p)
+             ? select_mla_wide_config(shape, multiprocessors())
+             : select_mla_decode_config(shape, multiprocessors(),
+                                        device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+inline MlaWeightConfig weight_config_of(const MlaDecodeParams& p) {
+  return select_mla_weight_config(
+      {p.B * p.T * p.H, p.H, p.G, p.nope, p.v_dim, p.R, p.E, p.split_size > 0}, multiprocessors(),
       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
-inline bool takes_tma(const MlaDecodeParams& p) { return mla_decode_tma_takes(p.R, p.E, p.page); }
 
 inline void print_config(const MlaDecodeConfig& c) {
   std::printf(
@@ -85,12 +105,24 @@ struct Problem {
 // Where outputs and partial results go, for whichever kernel needs more.
 inline void take_outputs(Arena& arena, Problem& problem) {
   MlaDecodeParams& p = problem.p;
-  p.o = arena.take<std::uint16_t>(problem.rows() * p.R);
+  p.o = arena.take<std::uint16_t>(problem.rows() * p.v_dim);
   p.lse = arena.take<float>(problem.rows());
   std::int64_t bytes = config_of(p, false).workspace_bytes;
-  if (takes_tma(p)) bytes = std::max(bytes, config_of(p, true).workspace_bytes);
+  if (mla_decode_takes(p.R, p.E)) bytes = std::max(bytes, config_of(p, true).workspace_bytes);
+  if (p.weight != nullptr)
+    bytes = round_up<std::int64_t>(bytes, 256) + weight_config_of(p).workspace_bytes;
   problem.workspace_bytes = bytes;
   problem.workspace = arena.take<char>(problem.workspace_bytes);
+}
+
+// kv_b_weight of p's sizes, such that latent queries and outputs have a variance of about 1.
+template <typename T>
+void take_weight(Arena& arena, MlaDecodeParams& p, int G, int nope, int v_dim, unsigned seed) {
+  p.G = G, p.nope = nope, p.v_dim = v_dim;
+  T* const weight = arena.take<T>(G * (nope + v_dim) * p.R);
+  const float scale = 1 / std::sqrt(static_cast<float>(nope > 0 ? nope : 1));
+  fill(weight, G * (nope + v_dim), p.R, p.R, scale, 0.f, seed);
+  p.weight = weight;
 }
 
 constexpr std::size_t kFarBytes = std::size_t{6} << 30;
@@ -147,10 +179,12 @@ Problem make_problem(Arena& arena, const Case& c, unsigned seed) {
   fill_cache_kernel<T><<<dim3(64, static_cast<unsigned>(p.B)), 128>>>(cache, p, seed, c.content);
   CUDA_OK(cudaGetLastError());
 
-  p.q_stride[2] = width + (c.q_pad ? 24 : 0);
+  const int q_width = c.G > 0 ? c.nope + c.E : width;
+  if (c.G > 0) take_weight<T>(arena, p, c.G, c.nope, c.v_dim, seed + 9);
+  p.q_stride[2] = q_width + (c.q_pad ? 24 : 0);
   p.q_stride[1] = p.q_stride[2] * c.H, p.q_stride[0] = p.q_stride[1] * c.T;
   T* const q = arena.take<T>(p.B * p.q_stride[0] + 8) + (c.q_pad ? 2 : 0);
-  fill(q, made.rows(), width, p.q_stride[2], 1.f, 0.f, seed + 5);
+  fill(q, made.rows(), q_width, p.q_stride[2], 1.f, 0.f, seed + 5);
   p.q = q;
   take_outputs(arena, made);
   CUDA_OK(cudaDeviceSynchronize());

@@ -36,13 +36,15 @@ struct MlaDecodeParams {
 // neither on the number of threads nor on the rest of its batch.
 constexpr std::int64_t kMlaDecodeCpuSplit = 512;
 
-// CUDA: 16-bit dtypes, latent queries, what mla_decode_takes() (mla_decode_config.h), the cache in
-// 16-byte units, q in 4-byte units.  `workspace`: device memory of mla_decode_cuda_workspace(p)
-// bytes, which depends on shapes only.
+// CUDA: 16-bit dtypes, what mla_decode_cuda_takes() on this GPU; cache, weight and o in 16-byte
+// units, q in 4-byte units.  `workspace`: device memory of mla_decode_cuda_workspace(p) bytes,
+// which depends on shapes only.
+bool mla_decode_cuda_takes(const MlaDecodeParams& p);
 std::int64_t mla_decode_cuda_workspace(const MlaDecodeParams& p);
 Status mla_decode_cuda(const MlaDecodeParams& p, void* workspace, CUstream_st* stream);
 Status mla_decode_portable(const MlaDecodeParams& p, void* workspace, CUstream_st* stream);
 Status mla_decode_sm90(const MlaDecodeParams& p, void* workspace, CUstream_st* stream);
+Status mla_decode_wide(const MlaDecodeParams& p, void* workspace, CUstream_st* stream);
 
 }  // namespace zebra
 

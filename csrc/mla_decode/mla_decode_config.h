@@ -85,6 +85,7 @@ struct MlaDecodeShape {
   std::int64_t max_tokens;  // that the block table has room for
   std::int64_t split_size;  // 0: cut by the batch; otherwise every sequence at its multiples
   bool tma;                 // stages of kMlaTmaStage tokens
+  bool expands = false;     // kv_b_weight follows: the combination looks at every item
 };
 
 // An item is one pass of one sequence: 16 * groups of its rows over all its tokens.  A team of
@@ -110,6 +111,40 @@ struct MlaDecodeConfig {
 };
 
 constexpr std::int64_t kMlaUnitBytes = 32;
+
+// How work is cut, given how rows and stages are dealt: the rest of a configuration.
+constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t sms, MlaDecodeConfig& c) {
+  const std::int64_t items = s.batch * c.passes;
+  const std::int64_t item_blocks = ceil_div<std::int64_t>(s.max_tokens, c.stage);
+  constexpr std::int64_t kMostSplit = (std::int64_t{1} << 31) - kMlaTmaStage;
+  c.split =
+      s.split_size > kMostSplit ? kMostSplit : round_up<std::int64_t>(s.split_size, kMlaTmaStage);
+  c.pieces = c.split > 0 ? ceil_div(s.max_tokens, c.split) : 1;
+  const std::int64_t work = items * (c.split > 0 ? c.pieces : item_blocks);
+  c.ctas = static_cast<int>(work < 1 ? 1 : work < sms ? work : sms);
+  // A few less where equal sequences then end where shares do: an end inside of a share costs more.
+  for (int n = c.ctas; n * 16 >= c.ctas * 15; --n)
+    if (c.ctas == sms && (items % n == 0 || n % items == 0)) {
+      c.ctas = n;
+      break;
+    }
+  c.item_cost = items < sms || c.split > 0 ? 0 : kMlaTmaStage / c.stage;
+  c.unit_per_item = s.expands || c.split > 0 || items <= c.ctas;
+  c.units = c.unit_per_item ? items : c.ctas;
+  const bool cut = c.split > 0 ? c.pieces > 1 : c.ctas > 1;
+  c.partials = !cut ? 0 : c.split > 0 ? items * c.pieces : 2 * c.ctas;
+  if (!cut && !s.expands) c.units = 0;
+  // Lanes for a third to a half of the partial results that an item may have; with split_size a
+  // constant, because the order of summation must not depend on the batch.
+  const std::int64_t cuts = ceil_div<std::int64_t>(c.ctas, items < 1 ? 1 : items) + 1;
+  c.combine_lanes = c.split > 0 ? 8 : 1;
+  while (c.split == 0 && c.combine_lanes < kMlaMostLanes && c.combine_lanes * 5 < cuts * 2)
+    c.combine_lanes *= 2;
+  const std::int64_t rows = c.partials * 16 * c.groups;
+  c.sums_offset = rows * 8;
+  c.units_offset = c.sums_offset + rows * c.rank * 4;
+  c.workspace_bytes = c.units_offset + c.units * kMlaUnitBytes;
+}
 
 constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std::int64_t sms,
                                                    int smem_limit) {
@@ -140,37 +175,7 @@ constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std:
   c.ring_offset = c.q_offset + mla_q_bytes(c.groups, width);
   c.smem_bytes = c.ring_offset + c.streams * c.slots * stage;
   c.passes = static_cast<int>(ceil_div<std::int64_t>(s.rows, 16 * c.groups));
-
-  const std::int64_t items = s.batch * c.passes;
-  const std::int64_t item_blocks = ceil_div<std::int64_t>(s.max_tokens, c.stage);
-  constexpr std::int64_t kMostSplit = (std::int64_t{1} << 31) - kMlaTmaStage;
-  c.split =
-      s.split_size > kMostSplit ? kMostSplit : round_up<std::int64_t>(s.split_size, kMlaTmaStage);
-  c.pieces = c.split > 0 ? ceil_div(s.max_tokens, c.split) : 1;
-  const std::int64_t work = items * (c.split > 0 ? c.pieces : item_blocks);
-  c.ctas = static_cast<int>(work < 1 ? 1 : work < sms ? work : sms);
-  // A few less where equal sequences then end where shares do: an end inside of a share costs more.
-  for (int n = c.ctas; n * 16 >= c.ctas * 15; --n)
-    if (c.ctas == sms && (items % n == 0 || n % items == 0)) {
-      c.ctas = n;
-      break;
-    }
-  c.item_cost = items < sms || c.split > 0 ? 0 : kMlaTmaStage / c.stage;
-  c.unit_per_item = c.split > 0 || items <= c.ctas;
-  c.units = c.unit_per_item ? items : c.ctas;
-  const bool cut = c.split > 0 ? c.pieces > 1 : c.ctas > 1;
-  c.partials = !cut ? 0 : c.split > 0 ? items * c.pieces : 2 * c.ctas;
-  if (!cut) c.units = 0;
-  // Lanes for a third to a half of the partial results that an item may have; with split_size a
-  // constant, because the order of summation must not depend on the batch.
-  const std::int64_t cuts = ceil_div<std::int64_t>(c.ctas, items < 1 ? 1 : items) + 1;
-  c.combine_lanes = c.split > 0 ? 8 : 1;
-  while (c.split == 0 && c.combine_lanes < kMlaMostLanes && c.combine_lanes * 5 < cuts * 2)
-    c.combine_lanes *= 2;
-  const std::int64_t rows = c.partials * 16 * c.groups;
-  c.sums_offset = rows * 8;
-  c.units_offset = c.sums_offset + rows * c.rank * 4;
-  c.workspace_bytes = c.units_offset + c.units * kMlaUnitBytes;
+  mla_cut_work(s, sms, c);
   return c;
 }
 

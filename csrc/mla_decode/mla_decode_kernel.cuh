@@ -14,207 +14,10 @@
 // Bound          HBM: (R + E) x 2 bytes a cached token.
 #pragma once
 
-#include <type_traits>
-
-#include "mla_decode/mla_decode_load.cuh"
+#include "mla_decode/mla_decode_rows.cuh"
 
 namespace zebra {
 namespace {
-
-// What a thread is.  A piece's end asks anew, through thread_index(), so that the answers take no
-// registers while the stages pass.
-struct MlaPlace {
-  int warp, lane, stream, member, half, group;
-  int worker, workers;  // among the warps with the same rows
-  int group_barrier;    // of those
-
-  __device__ __forceinline__ MlaPlace(const MlaArgs& a, int thread)
-      : warp(thread / 32), lane(thread % 32) {
-    stream = warp >> a.log_team, member = warp & ((1 << a.log_team) - 1);
-    half = member >> a.log_groups, group = member & (a.groups - 1);
-    worker = stream * a.halves + half, workers = a.streams * a.halves;
-    group_barrier = 1 + a.streams + group;
-  }
-};
-
-__device__ __forceinline__ int thread_index() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
-// Shared memory of every warp of 16 rows that only masked stages need: tokens that each row sees.
-constexpr int kMlaLimitsOffset = kMlaMergeOffset - kMlaWarps * 64;
-
-__device__ __forceinline__ int* mla_limits() {
-  extern __shared__ __align__(1024) unsigned char smem[];
-  return reinterpret_cast<int*>(smem + kMlaLimitsOffset) + threadIdx.x / 32 * 16;
-}
-
-// ---- one warp's 16 rows ---------------------------------------------------------------------
-
-template <typename T, typename S>
-struct MlaRows {
-  unsigned q[S::kQFromSmem ? 1 : S::kSteps][4];
-  unsigned q_address;  // where the lane reads q in shared memory
-  float o[S::kRank / 8][4];
-  float reference[2], sum[2];  // of rows g and g + 8; the sum is the lane's part
-
-  // Opens an item; `row` is the warp's first of the sequence.  Rows past the last one compute what
-  // it does, and are not written.  The warps with the same rows bring q to shared memory together:
-  // whole lines once, where fragments from global memory would be a line for every 16 bytes.
-  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int row,
-                                        const MlaPlace& place) {
-    constexpr int kUnits = S::kWidth / 8, kAtOnce = 4;
-    const int lane = place.lane, threads = 32 * place.workers;
-    const char* const base = static_cast<const char*>(a.q) + 2 * step.b * a.q_stride[0];
-    const unsigned to = q_address - (lane & 15) * S::kQPitch - (lane >> 4) * 16;
-#pragma unroll 1
-    for (int first = place.worker * 32 + lane; first < 16 * kUnits; first += kAtOnce * threads) {
-      unsigned v[kAtOnce][4] = {};
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = first + n * threads, r = i / kUnits, column = i % kUnits * 8;
-        const bool is_rope = column >= S::kRank;
-        if (i >= 16 * kUnits || column - (is_rope ? S::kRank : 0) >= (is_rope ? a.E : a.R))
-          continue;
-        const int mine = min(row + r, a.rows - 1);
-        const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
-        const std::int64_t offset =
-            token * a.q_stride[1] + head * a.q_stride[2] + column - (is_rope ? S::kRank - a.R : 0);
-        const char* const from = base + 2 * offset;
-        if (a.q_is_aligned) {
-          const uint4 unit = __ldg(reinterpret_cast<const uint4*>(from));
-          v[n][0] = unit.x, v[n][1] = unit.y, v[n][2] = unit.z, v[n][3] = unit.w;
-        } else {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) v[n][k] = __ldg(reinterpret_cast<const unsigned*>(from) + k);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = first + n * threads;
-        if (i < 16 * kUnits) st_shared_v4(to + i / kUnits * S::kQPitch + i % kUnits * 16, v[n]);
-      }
-    }
-    if (lane < 16)
-      mla_limits()[lane] =
-          step.length - a.tokens + a.heads.quotient(min(row + lane, a.rows - 1)) + 1;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
-#pragma unroll
-    for (int j = 0; j < S::kRank / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
-    named_barrier(place.group_barrier, threads);
-    if constexpr (!S::kQFromSmem) {
-#pragma unroll
-      for (int n = 0; n < S::kSteps; ++n) ldmatrix_x4(q[n], q_address + n * 32);
-    }
-  }
-
-  // Whether a score has left the reference of its row behind.
-  __device__ __forceinline__ bool is_left_behind(float top, int i) const {
-    return top > reference[i] + (std::is_same_v<T, __half> ? 8.f : 20.f);
-  }
-
-  // Raises the reference of rows whose scores have left it behind.
-  __device__ __forceinline__ void raise(float (&top)[2]) {
-    float shrink[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      top[i] = fmaxf(top[i], __shfl_xor_sync(kWarp, top[i], 1));
-      top[i] = fmaxf(top[i], __shfl_xor_sync(kWarp, top[i], 2));
-      shrink[i] = 1.f;
-      if (is_left_behind(top[i], i)) {
-        shrink[i] = reference[i] == -kInfinity ? 1.f : exp2_approx(reference[i] - top[i]);
-        reference[i] = top[i];
-      }
-      sum[i] *= shrink[i];
-    }
-#pragma unroll
-    for (int j = 0; j < S::kRank / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o[j][i] *= shrink[i / 2];
-  }
-
-  // Attention over 32 tokens of a stage, `skip` rows into it; the first is `token` of the sequence.
-  __device__ __forceinline__ void attend(unsigned stage, int skip, float scale, int token,
-                                         bool is_masked) {
-    const unsigned lane = threadIdx.x % 32, x = lane & 7;
-    // Blocks of K: (tokens 0-7, columns 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15).
-    const unsigned k_row = x + (lane >> 4 & 1) * 8, k_unit = lane >> 3 & 1;
-    const unsigned k_tile = stage + skip * 128 + k_row * 128 + ((k_unit ^ x) << 4);
-    const unsigned k_half =
-        stage + S::kHalfOffset + skip * 64 + k_row * 64 + ((k_unit ^ (x >> 1)) << 4);
-    float s[4][4] = {};
-#pragma unroll
-    for (int step = 0; step < S::kSteps; ++step) {
-      unsigned low[4], high[4];
-      if (step < S::kTiles * 4) {
-        const unsigned at = (k_tile ^ (step % 4 << 5)) + step / 4 * S::kTileBytes;
-        ldmatrix_x4(low, at);
-        ldmatrix_x4(high, at + 16 * 128);
-      } else {
-        const unsigned at = k_half ^ (step % 2 << 5);
-        ldmatrix_x4(low, at);
-        ldmatrix_x4(high, at + 16 * 64);
-      }
-      unsigned from_smem[4];
-      if constexpr (S::kQFromSmem) ldmatrix_x4(from_smem, q_address + step * 32);
-      const unsigned (&fragment)[4] = S::kQFromSmem ? from_smem : q[S::kQFromSmem ? 0 : step];
-      mma<T>(s[0], fragment, low[0], low[1]);
-      mma<T>(s[1], fragment, low[2], low[3]);
-      mma<T>(s[2], fragment, high[0], high[1]);
-      mma<T>(s[3], fragment, high[2], high[3]);
-    }
-
-    float top[2] = {-kInfinity, -kInfinity};
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] *= scale;
-    if (is_masked) {
-      const int limit[2] = {mla_limits()[lane / 4], mla_limits()[lane / 4 + 8]};
-      const int first = token + 2 * static_cast<int>(lane % 4);
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (first + 8 * n + i % 2 >= limit[i / 2]) s[n][i] = -kInfinity;
-    }
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
-    if (__any_sync(kWarp, is_left_behind(top[0], 0) || is_left_behind(top[1], 1))) raise(top);
-    const float base[2] = {reference[0] == -kInfinity ? 0.f : reference[0],
-                           reference[1] == -kInfinity ? 0.f : reference[1]};
-
-    unsigned p[2][4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] = exp2_approx(s[n][i] - base[i / 2]);
-        sum[i / 2] += s[n][i];
-      }
-      p[n / 2][n % 2 * 2] = pack<T>(s[n][0], s[n][1]);
-      p[n / 2][n % 2 * 2 + 1] = pack<T>(s[n][2], s[n][3]);
-    }
-
-    // Blocks of V: (tokens 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
-    const unsigned v_row = x + (lane >> 3 & 1) * 8, v_unit = lane >> 4 & 1;
-    const unsigned v_tile = stage + skip * 128 + v_row * 128 + ((v_unit ^ x) << 4);
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int c = 0; c < S::kRank / 16; ++c) {
-        unsigned v[4];
-        ldmatrix_x4_trans(v, (v_tile ^ (c % 4 << 5)) + c / 4 * S::kTileBytes + half * 16 * 128);
-        mma<T>(o[2 * c], p[half], v[0], v[1]);
-        mma<T>(o[2 * c + 1], p[half], v[2], v[3]);
-      }
-  }
-};
 
 // ---- the end of a piece ---------------------------------------------------------------------
 
@@ -388,6 +191,10 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       sm90::mbarrier_init(barriers + 8 * (me.stream * a.slots + i), 1);
     sm90::mbarrier_init_fence();
   }
+  // The table in L2 by the time that this or another CTA knows its part of it.
+  if (const int line = static_cast<int>(blockIdx.x + me.lane * gridDim.x);
+      me.warp == kMlaWarps - 1 && line < a.table_lines)
+    prefetch_l2(a.block_table + line * 32);
   if (!kTma) mla_clear_padding<S>(a, ring);
   if (threadIdx.x == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
   const auto share_of = [&](int warp) -> MlaShare& {
@@ -408,6 +215,11 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
     // The slot of the stage to attend to, its phase from bit 8 on, and from bit 16 on how many
     // rounds come before the first.
     int round = (a.slots - 1) << 16;
+    int asked = -1;  // the item whose q was asked for ahead of its steps
+    const auto has_work = [&] {
+      const MlaShare& share = share_of(thread_index() / 32);
+      return share.low < share.high;
+    };
 #pragma unroll 1
     for (;;) {
       const MlaPlace place(a, thread_index());
@@ -422,11 +234,13 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       const auto row = [&] { return (step.pass * a.groups + group) * 16; };
       // By warp; the others of its group agree.
       const auto is_active = [&] { return row() < a.rows; };
+      mine.q_address =
+          smem_addr(smem) + a.q_offset + (group * 16 + (lane & 15)) * S::kQPitch + (lane >> 4) * 16;
       const auto open = [&] {  // while the stage is under way
         __syncwarp();
-        mine.q_address = smem_addr(smem) + a.q_offset + (group * 16 + (lane & 15)) * S::kQPitch +
-                         (lane >> 4) * 16;
-        if ((step.flags & MlaStep::kFirst) && is_active()) mine.begin(a, step, row(), place);
+        if (!(step.flags & MlaStep::kFirst) || !is_active()) return;
+        if (asked != step.b * a.passes + step.pass) mine.ask(a, step.b, row(), place);
+        mine.begin(a, step, row(), place);
       };
       // The team's copies of this stage have landed (cp.async: after the barrier), and it is done
       // with the stage before, which is refilled.  Steps noted in the rounds before are visible.
@@ -442,14 +256,25 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
         MlaWalk walk = walks[place.warp];
         Loader::advance(a, share_of(place.warp), walk, place.stream);
         if (kTma)
-          Loader::fetch(a, maps, walk, steps[fill], filled, barriers + (first_stage + fill) * 8);
+          Loader::fetch(a, maps, walk, steps[fill], filled, barriers + (first_stage + fill) * 8,
+                        ahead > 0);
         Loader::list(a, share_of(place.warp), walk);
         walks[place.warp] = walk;
       }
       if (!kTma) __syncwarp();
-      if (!kTma) Loader::copy(a, walks[place.warp], steps[fill], filled, group);
+      if (!kTma) Loader::copy(a, walks[place.warp], steps[fill], filled, group, ahead > 0);
       if (!kTma) cp_async_commit();
       if (ahead > 0) {
+        // q of the first item, before its steps are known to all: as the warp's own walk has it.
+        if (ahead == slots - 1 && has_work()) {
+          __syncwarp();
+          const MlaWalk& walk = walks[place.warp];
+          const int first = (walk.pass * a.groups + group) * 16;
+          if (first < a.rows && walk.b < a.batch) {
+            mine.ask(a, walk.b, first, place);
+            asked = walk.item(a);
+          }
+        }
         round -= 1 << 16;
         continue;
       }
@@ -477,6 +302,8 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
       round = slot + 1 < slots ? round + 1 : (round ^ 256) & 256;
     }
   }
+  // A grid must not end before the one that it follows: the next one waits for this one alone.
+  sm90::grid_dependency_wait();
   if (share_of(thread_index() / 32).has_empty) mla_write_empty<T>(a);
 }
 

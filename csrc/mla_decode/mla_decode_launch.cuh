@@ -4,16 +4,10 @@
 #include "common/cuda/launch.h"
 #include "mla_decode/mla_decode_combine.cuh"
 #include "mla_decode/mla_decode_kernel.cuh"
+#include "mla_decode/mla_decode_weight.cuh"
 
 namespace zebra {
 namespace {
-
-inline int mla_attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, name, device);
-  return value;
-}
 
 inline std::int64_t mla_max_tokens(const MlaDecodeParams& p) {
   constexpr std::int64_t kMost = (std::int64_t{1} << 31) - 8192;  // sums of tokens stay in int
@@ -22,9 +16,10 @@ inline std::int64_t mla_max_tokens(const MlaDecodeParams& p) {
 }
 
 inline MlaDecodeConfig mla_config(const MlaDecodeParams& p, bool tma) {
-  return select_mla_decode_config({p.B, p.T * p.H, p.R, p.E, mla_max_tokens(p), p.split_size, tma},
-                                  mla_attribute(cudaDevAttrMultiProcessorCount),
-                                  mla_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return select_mla_decode_config(
+      {p.B, p.T * p.H, p.R, p.E, mla_max_tokens(p), p.split_size, tma, p.weight != nullptr},
+      mla_attribute(cudaDevAttrMultiProcessorCount),
+      mla_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 // The arguments of a launch, or why there can be none.
@@ -61,6 +56,9 @@ inline Status mla_arguments(const MlaDecodeParams& p, const MlaDecodeConfig& c, 
   a.passes = c.passes, a.halves = c.halves, a.groups = c.groups;
   a.log_groups = log2(c.groups), a.log_team = log2(c.groups * c.halves);
   a.streams = c.streams, a.slots = c.slots, a.least = c.split > 0 ? 0 : log2(c.streams);
+  const std::int64_t entries = (p.B - 1) * p.table_stride + p.max_pages;
+  const std::int64_t lines = p.B > 0 && p.max_pages > 0 ? ceil_div<std::int64_t>(entries, 32) : 0;
+  a.table_lines = static_cast<int>(lines < 8 * c.ctas ? lines : 8 * c.ctas);
   a.ctas = mla_divisor(c.ctas), a.merge_parts = c.merge_parts;
   std::int64_t alignment = reinterpret_cast<std::intptr_t>(p.q);
   for (int d = 0; d < 3; ++d) alignment |= p.q_stride[d] * 2;
@@ -69,6 +67,14 @@ inline Status mla_arguments(const MlaDecodeParams& p, const MlaDecodeConfig& c, 
   a.pieces = static_cast<int>(c.pieces), a.unit_count = static_cast<int>(c.units);
   a.is_split = c.split > 0, a.unit_per_item = c.unit_per_item;
   a.scale = static_cast<float>(p.scale * 1.44269504088896340736);
+  if (p.weight == nullptr) return {};
+  if (p.B * p.T * p.H >= kInt) return {"B * T * H must be below 2^31 with kv_b_weight"};
+  // The latent queries are the absorption's, and o is the expansion's.
+  a.q = base + round_up<std::int64_t>(c.workspace_bytes, 256);
+  a.o = base + round_up<std::int64_t>(c.workspace_bytes, 256) + mla_weight_config(p).latent_bytes;
+  a.q_stride[2] = p.R + p.E, a.q_stride[1] = p.H * a.q_stride[2];
+  a.q_stride[0] = p.T * a.q_stride[1];
+  a.q_is_aligned = true;
   return {};
 }
 
@@ -76,6 +82,7 @@ template <typename T>
 Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream_t stream) {
   const int rows = 16 * c.groups, quads = c.rank / 4;
   MlaCombineArgs args = {};
+  args.line = a, args.finds_units = a.unit_per_item && a.batch <= kMlaLaneBatch;
   args.units = a.units, args.stats = a.stats;
   args.sums = reinterpret_cast<const float4*>(a.sums);
   args.o = a.o, args.lse = a.lse;
@@ -83,59 +90,68 @@ Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream
   args.rows = a.rows, args.pass_rows = rows, args.R = a.R;
   while (1 << args.log_lanes < c.combine_lanes) ++args.log_lanes;
   const int used = rows < a.rows ? rows : a.rows;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(c.units),
-                        ceil_div(used * quads, 32 * kMlaWarps / c.combine_lanes));
-  launch.blockDim = dim3(32 * kMlaWarps);
-  launch.stream = stream;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  launch.attrs = &early;
-  launch.numAttrs = mla_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&launch, mla_combine_kernel<T>, args);
-  return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
+  args.parts = ceil_div(used * quads, 32 * kMlaWarps / c.combine_lanes);
+  // Two waves at most: where nobody cut an item, all that its CTAs do is start.
+  const std::int64_t most = mla_attribute(cudaDevAttrMultiProcessorCount) * 8 / c.units;
+  const int parts = args.parts < most ? args.parts : most > 1 ? static_cast<int>(most) : 1;
+  const dim3 grid(static_cast<unsigned>(c.units), static_cast<unsigned>(parts));
+  return mla_launch_after(mla_combine_kernel<T>, grid, 32 * kMlaWarps, 0, stream, args);
 }
 
-template <typename T, int kRank, int kRope, bool kTma>
-Status mla_launch(const MlaArgs& a, const MlaDecodeConfig& c, const MlaMaps& maps,
-                  cudaStream_t stream) {
-  const auto kernel = mla_decode_kernel<T, kRank, kRope, kTma>;
+// An attention kernel, and before and after it what else the call needs.
+template <typename T, typename Maps>
+Status mla_launch_attention(void (*kernel)(MlaArgs, Maps), dim3 grid, int threads,
+                            const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
+                            const Maps& maps, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
-  kernel<<<c.ctas, 32 * kMlaWarps, c.smem_bytes, stream>>>(a, maps);
-  const Status s = launch_status();
-  return s.error != nullptr || c.units == 0 ? s : mla_launch_combine<T>(a, c, stream);
+  if (p.weight == nullptr) {
+    kernel<<<grid, threads, c.smem_bytes, stream>>>(a, maps);
+    const Status s = launch_status();
+    return s.error != nullptr || c.units == 0 ? s : mla_launch_combine<T>(a, c, stream);
+  }
+  Status s = mla_launch_absorb<T>(p, const_cast<void*>(a.q), stream);
+  if (s.error == nullptr)
+    s = mla_launch_after(kernel, grid, threads, c.smem_bytes, stream, a, maps);
+  const MlaPartials partials = {&a, a.units, a.stats, a.sums, a.o, c.rank, 16 * c.groups, c.passes};
+  return s.error != nullptr ? s : mla_launch_expand<T>(p, partials, stream);
+}
+
+template <typename T, int kRank, int kRope, bool kTma>
+Status mla_launch(const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
+                  const MlaMaps& maps, cudaStream_t stream) {
+  return mla_launch_attention<T>(mla_decode_kernel<T, kRank, kRope, kTma>, dim3(c.ctas),
+                                 32 * kMlaWarps, p, a, c, maps, stream);
 }
 
 template <typename T, bool kTma>
-Status mla_launch(const MlaArgs& a, const MlaDecodeConfig& c, const MlaMaps& maps,
-                  cudaStream_t stream) {
+Status mla_launch(const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
+                  const MlaMaps& maps, cudaStream_t stream) {
   const bool narrow = c.rope == 32;
   switch (c.rank) {
     case 64:
-      return narrow ? mla_launch<T, 64, 32, kTma>(a, c, maps, stream)
-                    : mla_launch<T, 64, 64, kTma>(a, c, maps, stream);
+      return narrow ? mla_launch<T, 64, 32, kTma>(p, a, c, maps, stream)
+                    : mla_launch<T, 64, 64, kTma>(p, a, c, maps, stream);
     case 96:
-      return mla_launch<T, 96, 64, kTma>(a, c, maps, stream);
+      return mla_launch<T, 96, 64, kTma>(p, a, c, maps, stream);
     case 128:
-      return narrow ? mla_launch<T, 128, 32, kTma>(a, c, maps, stream)
-                    : mla_launch<T, 128, 64, kTma>(a, c, maps, stream);
+      return narrow ? mla_launch<T, 128, 32, kTma>(p, a, c, maps, stream)
+                    : mla_launch<T, 128, 64, kTma>(p, a, c, maps, stream);
     case 160:
-      return mla_launch<T, 160, 64, kTma>(a, c, maps, stream);
+      return mla_launch<T, 160, 64, kTma>(p, a, c, maps, stream);
     case 192:
-      return mla_launch<T, 192, 64, kTma>(a, c, maps, stream);
+      return mla_launch<T, 192, 64, kTma>(p, a, c, maps, stream);
     default:
-      return mla_launch<T, 256, 64, kTma>(a, c, maps, stream);
+      return mla_launch<T, 256, 64, kTma>(p, a, c, maps, stream);
   }
 }
 
 template <bool kTma>
-Status mla_launch(DType dtype, const MlaArgs& a, const MlaDecodeConfig& c, const MlaMaps& maps,
-                  cudaStream_t stream) {
-  return dtype == DType::kBFloat16 ? mla_launch<__nv_bfloat16, kTma>(a, c, maps, stream)
-                                   : mla_launch<__half, kTma>(a, c, maps, stream);
+Status mla_launch(const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
+                  const MlaMaps& maps, cudaStream_t stream) {
+  return p.dtype == DType::kBFloat16 ? mla_launch<__nv_bfloat16, kTma>(p, a, c, maps, stream)
+                                     : mla_launch<__half, kTma>(p, a, c, maps, stream);
 }
 
 }  // namespace

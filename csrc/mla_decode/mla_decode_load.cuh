@@ -91,10 +91,13 @@ struct MlaLoader {
     if (threadIdx.x == 0 && (walk.flags & MlaStep::kFirst) && walk.token == 0) walk.list(a, s);
   }
   // The table's entry for a cached token.  Neighbours of it are needed soon after and then lie in
-  // L1; the next line of the table is asked for in time.
-  static __device__ __forceinline__ int page(const MlaArgs& a, const MlaWalk& walk, int token) {
+  // L1 (which may be out of date before the grid's wait: `is_early`); the next line of the table is
+  // asked for in time.
+  static __device__ __forceinline__ int page(const MlaArgs& a, const MlaWalk& walk, int token,
+                                             bool is_early) {
     const std::int32_t* const table = a.block_table + walk.b * a.table_stride;
-    const int entry = token < walk.end ? __ldg(table + a.page.quotient(token)) : 0;
+    const std::int32_t* const at = table + a.page.quotient(token);
+    const int entry = token >= walk.end ? 0 : is_early ? __ldcg(at) : __ldg(at);
     prefetch_l2(table + a.page.quotient(min(token + kMlaTableAhead, walk.end - 1)));
     return entry;
   }
@@ -105,10 +108,11 @@ struct MlaLoader {
   // the sequence come as they lie in the page.  One lane.
   static __device__ __forceinline__ void fetch(const MlaArgs& a, const MlaMaps& maps,
                                                const MlaWalk& walk, MlaStep& step, unsigned stage,
-                                               unsigned full) {
+                                               unsigned full, bool is_early) {
     const bool is_empty = walk.stage >= walk.end;
     int page = 0, row = 0;  // asked for first: nothing takes longer
-    if (!is_empty) page = MlaLoader::page(a, walk, walk.stage), row = a.page.rest(walk.stage);
+    if (!is_empty)
+      page = MlaLoader::page(a, walk, walk.stage, is_early), row = a.page.rest(walk.stage);
     step.note(a, walk);
     sm90::mbarrier_expect(full, is_empty ? 0 : S::kStageBytes);
     if (is_empty) return;
@@ -122,12 +126,12 @@ struct MlaLoader {
 
   // Starts the copy of the next stage.  Rows past the end become zeros.
   static __device__ __forceinline__ void copy(const MlaArgs& a, const MlaWalk& walk, MlaStep& step,
-                                              unsigned stage, int group) {
+                                              unsigned stage, int group, bool is_early) {
     const int lane = threadIdx.x % 32, unit = lane % 8;
     if (lane == 0) step.note(a, walk);
     const int token = walk.stage, end = walk.end;
     if (token >= end) return;
-    const int page = valid(a, MlaLoader::page(a, walk, token + lane));
+    const int page = valid(a, MlaLoader::page(a, walk, token + lane, is_early));
     const int row = a.page.rest(token + lane);
     const std::int64_t mine = 2 * (page * a.page_stride + row * a.row_stride);
     const int shift = 2 * (S::kRank - a.R);  // rope columns lie closer

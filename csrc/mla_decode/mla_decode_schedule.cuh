@@ -31,27 +31,38 @@ struct MlaUnit {
 static_assert(sizeof(MlaUnit) == kMlaUnitBytes, "the workspace counts on it");
 
 // What the device needs, in the widths it needs: every cold instruction and constant line delays a
-// short launch, so nothing here is wider than it must be.
-struct MlaArgs {
+// short launch, so nothing here is wider than it must be.  First what the line of work follows
+// from.
+struct MlaLine {
+  const std::int32_t* seq_lens;
+  std::int64_t seq_lens_stride;
+  MlaDivisor unit,
+      ctas;  // unit: tokens of a unit of the line, a stage or a piece; ctas: of the grid
+  int batch, passes;
+  int max_tokens;        // of a sequence: what the block table has room for
+  int least, item_cost;  // least: log2 of the units that a CTA is woken for
+  int pieces;
+  bool is_split;
+};
+struct MlaArgs : MlaLine {
   const void *q, *cache;
-  const std::int32_t *block_table, *seq_lens;
+  const std::int32_t* block_table;
   void* o;
   float* lse;
   float2* stats;  // [partials, 16 groups]: reference exponent, sum
   float* sums;    // [partials, 16 groups, rank]
   MlaUnit* units;
-  std::int64_t q_stride[3], page_stride, row_stride, table_stride, seq_lens_stride;
-  MlaDivisor page, unit, heads;  // unit: tokens of a unit of the line, a stage or a piece
-  MlaDivisor ctas;               // of the grid
-  int batch, tokens, rows;       // tokens: new ones of a sequence; rows: tokens x heads
+  std::int64_t q_stride[3], page_stride, row_stride, table_stride;
+  MlaDivisor page, heads;
+  int tokens, rows;  // tokens: new ones of a sequence; rows: tokens x heads
   int R, E, pages;
-  int max_tokens;  // of a sequence: what the block table has room for
-  int passes, halves, groups, log_groups, log_team;  // team: groups x halves
-  int streams, slots, least;                         // log2 of the units that a CTA is woken for
-  int q_offset, ring_offset, merge_parts, item_cost, pieces;
-  int unit_count;                              // that the combination looks at; 0: there is none
-  bool is_split, unit_per_item, q_is_aligned;  // to 16 bytes
-  float scale;                                 // to base 2
+  int table_lines;                           // of 128 bytes, of the block table
+  int halves, groups, log_groups, log_team;  // team: groups x halves
+  int streams, slots;
+  int q_offset, ring_offset, merge_parts;
+  int unit_count;                    // that the combination looks at; 0: there is none
+  bool unit_per_item, q_is_aligned;  // to 16 bytes
+  float scale;                       // to base 2
 };
 
 struct alignas(16) MlaShare {
@@ -63,51 +74,90 @@ struct alignas(16) MlaShare {
 };
 constexpr int kMlaShareBytes = sizeof(MlaShare);
 
-__device__ __forceinline__ int mla_length(const MlaArgs& a, int b) {
-  const int length = __ldg(a.seq_lens + b * a.seq_lens_stride);
+__device__ __forceinline__ int mla_length(const MlaLine& a, int b) {
+  // Not from L1: under programmatic launch this grid may start before L1 is told what changed.
+  const int length = __ldcg(a.seq_lens + b * a.seq_lens_stride);
   return min(max(length, 0), a.max_tokens);
 }
 // Units of an item of a sequence.
-__device__ __forceinline__ int mla_units(const MlaArgs& a, int length) {
+__device__ __forceinline__ int mla_units(const MlaLine& a, int length) {
   const int whole = a.unit.quotient(length);
   return whole + (whole * a.unit.divisor != length);
 }
-__device__ __forceinline__ int mla_weight(const MlaArgs& a, int units) {
+__device__ __forceinline__ int mla_weight(const MlaLine& a, int units) {
   return units == 0 ? 0 : a.passes * (units + a.item_cost);
 }
 
-// Batches up to here: every warp looks at all lengths, and no warp waits for another.
-constexpr int kMlaWarpBatch = 256;
+// How a line of `total` units is dealt.
+struct MlaDeal {
+  int ctas;          // that have something to do
+  int each, larger;  // units of a CTA at least; CTAs that have one more, the first ones
+
+  __device__ __forceinline__ MlaDeal(const MlaLine& a, int total) {
+    ctas = total >> a.least;
+    if (ctas >= a.ctas.divisor) {
+      ctas = a.ctas.divisor, each = a.ctas.quotient(total);
+      larger = total - each * ctas;
+    } else {
+      ctas = max(ctas, 1), each = ctas == 1 ? total : 1 << a.least;
+      larger = total - each * ctas;
+#pragma unroll 1
+      while (larger >= ctas) larger -= ctas, ++each;
+    }
+  }
+  // Whose a unit is.
+  __device__ __forceinline__ int owner(int place) const {
+    const int of_larger = larger * (each + 1);
+    return place < of_larger ? place / (each + 1) : larger + (place - of_larger) / each;
+  }
+};
+
+// A warp's sum of the lanes up to each.
+__device__ __forceinline__ int mla_scan(int v, int lane) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int below = __shfl_up_sync(kWarp, v, d);
+    if (lane >= d) v += below;
+  }
+  return v;
+}
+
+// Batches up to here: a lane has a sequence.  Up to kMlaWarpBatch: every warp looks at all lengths,
+// and no warp waits for another.
+constexpr int kMlaLaneBatch = 32, kMlaWarpBatch = 256;
 
 // This CTA's share, by one look at the lengths: every thread takes one of equal runs of sequences.
 // All threads call it; `scratch` is shared memory for kMlaWarps + 4 ints.
 __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const bool is_alone = a.batch <= kMlaWarpBatch;
-  const int me = is_alone ? lane : thread, log_runs = is_alone ? 5 : 8;
-  const int run = (a.batch + (1 << log_runs) - 1) >> log_runs;
-  const int first = min(me * run, a.batch), last = min(first + run, a.batch);
-  int sum = 0;
-  bool has_empty = false;
+  const bool is_lane = a.batch <= kMlaLaneBatch, is_alone = a.batch <= kMlaWarpBatch;
   constexpr int kAtOnce = 4;
+  int sum = 0, first = 0, last = 0;
+  MlaShare s;
+  s.length = s.units = 0;
+  bool has_empty = false;
+  if (is_lane) {
+    if (lane < a.batch) {
+      s.length = mla_length(a, lane), s.units = mla_units(a, s.length);
+      sum = mla_weight(a, s.units), has_empty = s.length == 0;
+    }
+  } else {
+    const int me = is_alone ? lane : thread, log_runs = is_alone ? 5 : 8;
+    const int run = (a.batch + (1 << log_runs) - 1) >> log_runs;
+    first = min(me * run, a.batch), last = min(first + run, a.batch);
 #pragma unroll 1
-  for (int b = first; b < last; b += kAtOnce) {
-    int length[kAtOnce];
+    for (int b = first; b < last; b += kAtOnce) {
+      int length[kAtOnce];
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) length[n] = b + n < last ? mla_length(a, b + n) : 0;
+      for (int n = 0; n < kAtOnce; ++n) length[n] = b + n < last ? mla_length(a, b + n) : 0;
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      has_empty |= b + n < last && length[n] == 0;
-      sum += mla_weight(a, mla_units(a, length[n]));
+      for (int n = 0; n < kAtOnce; ++n) {
+        has_empty |= b + n < last && length[n] == 0;
+        sum += mla_weight(a, mla_units(a, length[n]));
+      }
     }
   }
-  MlaShare s;
-  int before = sum;  // of the threads up to this one
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int below = __shfl_up_sync(kWarp, before, d);
-    if (lane >= d) before += below;
-  }
+  int before = mla_scan(sum, lane);  // of the threads up to this one
   int total = __shfl_sync(kWarp, before, 31);
   before -= sum;
   if (is_alone) {
@@ -124,27 +174,28 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
     }
   }
   const int cta = blockIdx.x;
-  int ctas = total >> a.least;  // that have something to do
-  if (ctas >= a.ctas.divisor) {
-    ctas = a.ctas.divisor, s.each = a.ctas.quotient(total);
-    s.larger = total - s.each * ctas;
-  } else {
-    ctas = max(ctas, 1), s.each = ctas == 1 ? total : 1 << a.least;
-    s.larger = total - s.each * ctas;
-#pragma unroll 1
-    while (s.larger >= ctas) s.larger -= ctas, ++s.each;
-  }
+  const MlaDeal deal(a, total);
+  s.each = deal.each, s.larger = deal.larger;
   s.low = s.each * cta + min(cta, s.larger);
-  s.high = cta < ctas ? s.low + s.each + (cta < s.larger) : s.low;
-  s.batch = a.batch, s.start = s.high, s.length = s.units = 0;
+  s.high = cta < deal.ctas ? s.low + s.each + (cta < s.larger) : s.low;
   const bool is_mine = s.low < s.high && s.low >= before && s.low < before + sum;
-  if (is_mine) {
+  s.batch = lane, s.start = before;
+  if (is_mine && !is_lane) {
+    bool is_found = false;
 #pragma unroll 1
-    for (int b = first;; ++b) {
-      s.batch = b, s.start = before, s.length = mla_length(a, b);
-      s.units = mla_units(a, s.length);
-      before += mla_weight(a, s.units);
-      if (s.low < before) break;
+    for (int b = first; !is_found; b += kAtOnce) {  // the lengths once more, a few at a time
+      int length[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) length[n] = b + n < last ? mla_length(a, b + n) : 0;
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int units = mla_units(a, length[n]), weight = mla_weight(a, units);
+        if (!is_found && s.low < before + weight) {
+          s.batch = b + n, s.start = before, s.length = length[n], s.units = units;
+          is_found = true;
+        }
+        before += weight;
+      }
     }
   }
   if (is_alone) {
@@ -158,10 +209,35 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
     int* const found = scratch + kMlaWarps;
     if (is_mine) found[0] = s.batch, found[1] = s.start, found[2] = s.length, found[3] = s.units;
     __syncthreads();
-    if (s.low < s.high) s.batch = found[0], s.start = found[1], s.length = found[2];
-    if (s.low < s.high) s.units = found[3];
+    s.batch = found[0], s.start = found[1], s.length = found[2], s.units = found[3];
   }
+  if (s.low >= s.high) s.batch = a.batch, s.start = s.high, s.length = s.units = 0;
   return s;
+}
+
+// What combines an item, found by a warp from the lengths, for batches up to kMlaLaneBatch.
+__device__ __forceinline__ MlaUnit mla_find_unit(const MlaLine& a, int item) {
+  const int lane = threadIdx.x % 32;
+  int units = 0;
+  if (lane < a.batch) units = mla_units(a, mla_length(a, lane));
+  const int weight = mla_weight(a, units), until = mla_scan(weight, lane);
+  const MlaDeal deal(a, __shfl_sync(kWarp, until, 31));
+  const int b = item / a.passes, pass = item - b * a.passes;
+  const int start = __shfl_sync(kWarp, until - weight, b);
+  units = __shfl_sync(kWarp, units, b);
+  MlaUnit u = {};
+  if (units == 0) return u;
+  u.item = item;
+  if (a.is_split) {
+    u.count = units, u.first = static_cast<std::int64_t>(item) * a.pieces;
+    u.rest = u.first + 1, u.step = 1;
+  } else {
+    const int from = start + pass * (units + a.item_cost) + a.item_cost;
+    const int owner = deal.owner(from);
+    u.count = deal.owner(from + units - 1) - owner + 1;
+    u.first = 2 * owner + 1, u.rest = u.first + 1, u.step = 2;
+  }
+  return u;
 }
 
 // What the warps of a team know of a stage in their ring.

@@ -28,7 +28,7 @@ Status mla_decode_sm90(const MlaDecodeParams& p, void* workspace, cudaStream_t s
   std::memset(&maps, 0, sizeof(maps));
   if (s.error == nullptr && p.pages > 0) s = encode(&maps.tile, p, 64);
   if (s.error == nullptr && p.pages > 0 && (p.R + p.E) % 64 != 0) s = encode(&maps.half, p, 32);
-  return s.error != nullptr ? s : mla_launch<true>(p.dtype, a, c, maps, stream);
+  return s.error != nullptr ? s : mla_launch<true>(p, a, c, maps, stream);
 }
 
 }  // namespace zebra

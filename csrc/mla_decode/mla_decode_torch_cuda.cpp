@@ -4,7 +4,6 @@
 
 #include <array>
 
-#include "mla_decode/mla_decode_config.h"
 #include "mla_decode/mla_decode_torch.h"
 
 namespace zebra {
@@ -47,11 +46,11 @@ std::tuple<Tensor, Tensor> mla_decode_op(const Tensor& q, const Tensor& cache,
   // Checked here: a message from below would not survive the dispatcher.
   Tensor weight = q;
   const MlaDecodeParams wanted = mla_decode_params(Check("mla_decode"), in, weight);
-  if (q.scalar_type() == ScalarType::Float || kv_b_weight || !mla_decode_takes(wanted.R, wanted.E))
-    return composite(in);
+  if (q.scalar_type() == ScalarType::Float || !mla_decode_cuda_takes(wanted)) return composite(in);
   return mla_decode_torch(in, [&](const Check& check, const MlaDecodeParams& p) {
     check_aligned(check, "q", q, 4);
     check_aligned(check, "cache", cache, 16);
+    if (kv_b_weight) check_aligned(check, "kv_b_weight", *kv_b_weight, 16);
     const Tensor workspace =
         torch::stable::new_empty(q, {mla_decode_cuda_workspace(p)}, ScalarType::Byte);
     return mla_decode_cuda(p, workspace.data_ptr(), scope.stream());

@@ -26,9 +26,12 @@ struct int4 {
 namespace cuda_on_host {
 
 struct Index {
-  int x = 0;
+  int x = 0, y = 0;
 };
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+#ifndef ZEBRA_HOST_THREADS
+#define ZEBRA_HOST_THREADS 256
+#endif
+constexpr int kThreads = ZEBRA_HOST_THREADS, kWarps = kThreads / 32;
 
 struct Warp {
   std::barrier<> meet{32};
@@ -40,11 +43,12 @@ inline int cta_values[kThreads];
 
 }  // namespace cuda_on_host
 
-inline thread_local cuda_on_host::Index blockIdx, threadIdx, gridDim;
+inline thread_local cuda_on_host::Index blockIdx, threadIdx;
+inline cuda_on_host::Index gridDim, blockDim;
 using std::max, std::min;
 
 template <typename T>
-T __ldg(const T* p) {
+T __ldcg(const T* p) {
   return *p;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) {

@@ -123,6 +123,65 @@ void shares_are_found_by_all_threads() {
   }
 }
 
+// What the combination finds from the lengths is what the attention kernel would list.
+void units_are_found_by_a_warp() {
+  struct Batch {
+    std::vector<int> lens;
+    MlaArgs a;
+    std::vector<MlaUnit> found;
+  };
+  std::mt19937 random(9);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  std::vector<Batch> batches(200);
+  for (std::size_t n = 0; n < batches.size(); ++n) {
+    Batch& batch = batches[n];
+    batch.lens.resize(1 + below(32));
+    for (int& length : batch.lens) length = below(3) == 0 ? below(2) : below(n % 2 ? 300 : 30000);
+    MlaArgs& a = batch.a;
+    std::memset(static_cast<void*>(&a), 0, sizeof(a));
+    a.batch = static_cast<int>(batch.lens.size()), a.seq_lens_stride = 1, a.max_tokens = 28000;
+    a.seq_lens = batch.lens.data(), a.unit = zebra::mla_divisor(n % 3 ? 64 : 512);
+    a.passes = 1 + below(2), a.least = below(3), a.item_cost = below(2);
+    a.is_split = n % 3 == 0, a.pieces = 60, a.ctas = zebra::mla_divisor(1 + below(132));
+    if (a.is_split) a.least = a.item_cost = 0;
+    batch.found.resize(cuda_on_host::kThreads);
+  }
+  std::vector<std::thread> threads;
+  for (int i = 0; i < cuda_on_host::kThreads; ++i)
+    threads.emplace_back([&, i] {
+      threadIdx.x = i;
+      for (Batch& batch : batches) {
+        batch.found[i] = zebra::mla_find_unit(batch.a, i % (batch.a.batch * batch.a.passes));
+        __syncthreads();
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (Batch& batch : batches) {
+    ++checked;
+    MlaArgs& a = batch.a;
+    const int items = a.batch * a.passes;
+    std::vector<MlaUnit> listed(items, MlaUnit{});
+    a.units = listed.data(), a.unit_count = items, a.unit_per_item = true;
+    for (int cta = 0; cta < a.ctas.divisor; ++cta) {
+      blockIdx.x = cta;
+      const MlaShare share = plain_share(a, cta);
+      MlaWalk walk;
+      walk.begin(a, share);
+      while (walk.advance(a, share))
+        if (walk.token == 0) walk.list(a, share);
+    }
+    for (int i = 0; i < cuda_on_host::kThreads; ++i) {
+      const MlaUnit &want = listed[i % items], &got = batch.found[i];
+      if (got.count == want.count &&
+          (got.count < 1 || (got.item == want.item && got.first == want.first &&
+                             got.rest == want.rest && got.step == want.step)))
+        continue;
+      fail("unit of item " + std::to_string(i % items), std::to_string(a.batch) + " sequences");
+      break;
+    }
+  }
+}
+
 // A batch, and what its CTAs do with it.
 class Schedule {
  public:
@@ -150,7 +209,8 @@ class Schedule {
     a.units = units.data();
   }
 
-  void check() {
+  // With `expands` every item is looked up by its index.
+  void check(bool expands) {
     ++checked;
     for (int cta = 0; cta < c.ctas; ++cta)
       if (!run_cta(cta)) return;
@@ -159,6 +219,10 @@ class Schedule {
         return fail("unit " + std::to_string(u) + " is not written", where);
       if (units[u].count > 1) listed[units[u].item] = units[u];
     }
+    for (std::size_t item = 0; expands && item < items.size(); ++item)
+      if (units[item].item != static_cast<int>(items[item].empty() ? 0 : item) ||
+          units[item].count != static_cast<int>(items[item].size()))
+        return fail("what is listed of item " + std::to_string(item), where);
     for (std::size_t item = 0; item < items.size(); ++item)
       if (!item_is_whole(static_cast<int>(item)))
         return fail("item " + std::to_string(item) + " of " +
@@ -289,10 +353,12 @@ class Schedule {
 
 void check_schedule(const std::vector<int>& lens, int T, int H, int R, int E, int max_tokens,
                     int split, int sms, bool tma) {
-  const MlaDecodeConfig c = zebra::select_mla_decode_config(
-      {static_cast<std::int64_t>(lens.size()), T * H, R, E, max_tokens, split, tma}, sms,
-      zebra::kMlaSm90SmemBytes);
-  Schedule(lens, T, H, c, max_tokens).check();
+  for (const bool expands : {false, true}) {
+    const MlaDecodeConfig c = zebra::select_mla_decode_config(
+        {static_cast<std::int64_t>(lens.size()), T * H, R, E, max_tokens, split, tma, expands}, sms,
+        zebra::kMlaSm90SmemBytes);
+    Schedule(lens, T, H, c, max_tokens).check(expands);
+  }
 }
 
 void random_batches_are_covered() {
@@ -321,6 +387,7 @@ void random_batches_are_covered() {
 int main() {
   divisions_are_exact();
   shares_are_found_by_all_threads();
+  units_are_found_by_a_warp();
   random_batches_are_covered();
   std::printf("mla_decode: %d checked, %d failures\n", checked, failures);
   return failures == 0 ? 0 : 1;

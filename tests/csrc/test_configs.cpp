@@ -8,6 +8,8 @@
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
 #include "mla_decode/mla_decode_config.h"
+#include "mla_decode/mla_decode_weight_config.h"
+#include "mla_decode/mla_decode_wide_config.h"
 #include "rms_norm/rms_norm.h"
 #include "rms_norm/rms_norm_config.h"
 #include "ssd_scan/ssd_scan_sm90_config.h"
@@ -198,6 +200,77 @@ void mla_decode_tiles_fit() {
   static_assert(c.merge_parts == 5, "8B");
 }
 
+void mla_wide_tiles_fit() {
+  for (const std::int64_t page : {8, 16, 24, 48, 64, 96, 256}) {
+    const int box = zebra::mla_wide_box(page);
+    EXPECT(zebra::mla_wide_takes(512, 64, page) && box >= 8 && page % box == 0 && 64 % box == 0,
+           "page %ld", static_cast<long>(page));
+  }
+  for (std::int64_t rank = 8; rank <= 512; rank += 8)
+    for (const std::int64_t rows : {1, 16, 64, 65, 128, 129, 2048})
+      for (const std::int64_t batch : {1, 7, 64, 300})
+        for (const std::int64_t split : {0, 1, 512})
+          for (const std::int64_t sms : {1, 78, 132}) {
+            const zebra::MlaDecodeConfig c =
+                zebra::select_mla_wide_config({batch, rows, rank, 64, 5000, split, true}, sms);
+            const auto r = static_cast<long>(rank);
+            EXPECT(c.rank >= rank && c.smem_bytes <= zebra::kMlaSm90SmemBytes, "%ld", r);
+            EXPECT(c.slots >= 2 && c.slots % 2 == 0, "%ld", r);
+            EXPECT(std::int64_t{16} * c.groups * c.passes >= rows && c.groups * 16 <= 128,
+                   "%ld rows", static_cast<long>(rows));
+            EXPECT(c.ctas >= 1 && (sms == 1 || c.ctas * (c.groups * 16 / 64) <= sms), "%ld SMs",
+                   static_cast<long>(sms));
+          }
+  // DeepSeek's 128 heads: a sequence is a pair's.
+  constexpr zebra::MlaDecodeConfig c =
+      zebra::select_mla_wide_config({64, 128, 512, 64, 8192, 0, true}, 132);
+  static_assert(c.ctas == 64 && c.groups == 8 && c.passes == 1 && c.slots == 2);
+  // One wave of the combination, 4 CTAs a multiprocessor.
+  constexpr zebra::MlaDecodeConfig eight =
+      zebra::select_mla_wide_config({8, 128, 512, 64, 8192, 0, true}, 132);
+  static_assert(eight.ctas == 64 && eight.combine_lanes == 1);
+  static_assert(
+      zebra::select_mla_wide_config({1, 128, 512, 64, 32768, 0, true}, 132).combine_lanes == 8);
+}
+
+// The products with kv_b_weight fit shared memory and the limits of a grid, and give every element
+// of a tile a thread.
+void mla_decode_weight_tiles_fit() {
+  struct Size {
+    std::int64_t heads, kv_heads, nope, v_dim, rank;
+  };
+  constexpr Size kSizes[] = {
+      {32, 8, 64, 128, 160}, {24, 8, 64, 128, 128}, {32, 8, 32, 64, 128}, {128, 128, 128, 128, 512},
+      {4, 1, 0, 8, 8},       {6, 2, 512, 520, 256}, {3, 3, 8, 24, 480}};
+  for (const int smem : {101376, 166912, zebra::kMlaSm90SmemBytes})
+    for (const Size& s : kSizes)
+      for (const std::int64_t tokens : {1, 2, 8, 64, 256, 5000})
+        for (const bool is_split : {false, true}) {
+          const zebra::MlaWeightConfig c = zebra::select_mla_weight_config(
+              {tokens * s.heads, s.heads, s.kv_heads, s.nope, s.v_dim, s.rank, 64, is_split}, 132,
+              smem);
+          const auto t = static_cast<long>(tokens), r = static_cast<long>(s.rank);
+          EXPECT(c.absorb_smem_bytes <= smem && c.expand_smem_bytes <= smem, "rank %ld", r);
+          EXPECT(c.absorb_slices >= 1 && c.absorb_slices < 65536, "%ld tokens", t);
+          EXPECT(c.expand_slices >= 1 && c.expand_slices < 65536, "%ld tokens", t);
+          EXPECT(c.width % 8 == 0 && c.widths * c.width >= s.v_dim, "rank %ld", r);
+          EXPECT(c.rows >= 1 && c.rows <= 16 && c.threads % 32 == 0, "%ld tokens", t);
+          EXPECT(c.lanes == 1 || c.lanes * c.rows * r / 4 <= c.threads, "rank %ld", r);
+          EXPECT(c.pitch / 16 % 2 == 1, "rank %ld", r);
+          EXPECT(c.pitch >= r * 2 + 16 && (c.pitch - 16) % 64 == 0, "rank %ld", r);
+          // With split_size the order of summation is the same for every batch.
+          EXPECT(!is_split || (c.rows == 4 && c.threads == zebra::kMlaExpandThreads), "%ld tokens",
+                 t);
+        }
+  constexpr zebra::MlaWeightConfig one = zebra::select_mla_weight_config(
+      {32, 32, 8, 64, 128, 160, 64, false}, 132, zebra::kMlaSm90SmemBytes);
+  static_assert(one.rows == 1 && one.expand_slices == 4 && one.lanes == 25, "8B, one sequence");
+  constexpr zebra::MlaWeightConfig many = zebra::select_mla_weight_config(
+      {64 * 32, 32, 8, 64, 128, 160, 64, false}, 132, zebra::kMlaSm90SmemBytes);
+  static_assert(many.rows == 16 && many.expand_slices == 16 && many.absorb_slices == 16,
+                "8B, 64 sequences");
+}
+
 // Every output belongs to one unit, every step along K to one CTA, and no product reads past the
 // shared memory of its CTA.
 void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s, int sms) {
@@ -302,6 +375,8 @@ void linear_decode_tiles_fit() {
 int main() {
   token_tiles_cover_a_token();
   mla_decode_tiles_fit();
+  mla_wide_tiles_fit();
+  mla_decode_weight_tiles_fit();
   linear_decode_tiles_fit();
   rms_norm_tiles_cover_a_row();
   ssd_scan_tiles_fit();

@@ -57,8 +57,8 @@ def mla_decode(
     Raises:
         RuntimeError: on a wrong shape, dtype or device; on the CPU also where seq_lens or a used
             block_table entry is out of range (CUDA does not read values on the host; it takes the
-            nearest value in range); on CUDA also where 16-bit q is not aligned to 4 bytes or the
-            cache not to 16.
+            nearest value in range); on CUDA also where 16-bit q is not aligned to 4 bytes, or the
+            cache or kv_b_weight not to 16.
 
     Numerics:
         fp32 accuracy throughout (fp64 for fp64), one rounding to the output dtype; on the bf16
@@ -68,9 +68,12 @@ def mla_decode(
         the CPU independent of threads and of the rest of the batch.  Not differentiable.
 
     CUDA:
-        A kernel for bfloat16 and float16 latent queries, R up to 256 and E up to 64 in multiples
-        of 8; with kv_b_weight, two einsums around it.  Other dtypes and shapes are composites of
-        PyTorch operations.
+        Kernels for bfloat16 and float16, R up to 256 (on Hopper, with pages in multiples of 8
+        tokens, up to 512) and E up to 64 in multiples of 8; with kv_b_weight, which two more
+        kernels multiply with, also Dn up to 512 and Dv in multiples of 8.  Other dtypes and shapes
+        are composites of PyTorch operations.  In a CUDA graph kv_b_weight is read ahead of the
+        kernels launched before it, so nothing in the graph may write it; outside of graphs any
+        order is safe.
     """
     return torch.ops.zebra.mla_decode(
         q,
@@ -155,36 +158,6 @@ def _check(
     check.that(split_size >= 0, "split_size", split_size, "0 (automatic) or a number of tokens")
 
 
-def _kernel_takes(q: Tensor, rank: int, rope: int) -> bool:
-    """Whether the CUDA kernel takes latent queries like q (csrc/mla_decode/mla_decode_config.h)."""
-    sizes = rank <= 256 and rank % 8 == 0 and rope <= 64 and rope % 8 == 0
-    return sizes and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-
-
-def _around_kernel(
-    q: Tensor,
-    cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    kv_b_weight: Tensor,
-    num_kv_heads: int,
-    split_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Absorb kv_b_weight into q and un-absorb it from o by einsum, around the latent kernel."""
-    R = kv_b_weight.size(1)
-    nope = q.size(3) - (cache.size(2) - R)
-    up = kv_b_weight.unflatten(0, (num_kv_heads, -1))  # [G, Dn + Dv, R]
-    grouped = q[..., :nope].unflatten(2, (num_kv_heads, -1))
-    latent_q = torch.einsum("btghd,gdr->btghr", grouped, up[:, :nope]).flatten(2, 3)
-    query = torch.cat((latent_q, q[..., nope:]), dim=-1)
-    o, lse = torch.ops.zebra.mla_decode(
-        query, cache, block_table, seq_lens, scale, None, 0, R, split_size
-    )
-    o = torch.einsum("btghr,gdr->btghd", o.unflatten(2, (num_kv_heads, -1)), up[:, nope:])
-    return o.flatten(2, 3).contiguous(), lse
-
-
 @composite("mla_decode", beside_kernel="_mla_decode_composite")
 def _mla_decode_composite(
     q: Tensor,
@@ -203,8 +176,6 @@ def _mla_decode_composite(
     pages, page, depth = cache.shape
     acc = acc_dtype(q)
     R = kv_lora_rank if kv_b_weight is None else kv_b_weight.size(1)
-    if kv_b_weight is not None and _kernel_takes(q, R, depth - R):
-        return _around_kernel(q, cache, *tables, scale, kv_b_weight, num_kv_heads, split_size)
     query = q.to(acc)
     if kv_b_weight is not None:
         nope = q.size(3) - (depth - R)

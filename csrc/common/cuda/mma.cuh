@@ -24,6 +24,12 @@ __device__ __forceinline__ void cp_async_16(std::uint32_t dst, const void* src, 
                "r"(is_valid ? 16 : 0)
                : "memory");
 }
+// 4 bytes of the same.
+__device__ __forceinline__ void cp_async_4(std::uint32_t dst, const void* src, bool is_valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src),
+               "r"(is_valid ? 4 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -54,6 +60,9 @@ __device__ __forceinline__ uint4 ld_shared_v4(std::uint32_t addr) {
 }
 __device__ __forceinline__ void st_shared(std::uint32_t addr, std::uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
+}
+__device__ __forceinline__ void st_shared_v2(std::uint32_t addr, std::uint32_t x, std::uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(addr), "r"(x), "r"(y) : "memory");
 }
 __device__ __forceinline__ void st_shared_v4(std::uint32_t addr, const std::uint32_t (&v)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v[0]), "r"(v[1]),
@@ -162,6 +171,11 @@ __device__ __forceinline__ float2 unpack<__half>(std::uint32_t v) {
 // Of `threads` threads (a multiple of 32); ids 1..15 (0 is __syncthreads).
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Arrives at it without waiting, on behalf of others who do.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace zebra

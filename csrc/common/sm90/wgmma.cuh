@@ -37,7 +37,7 @@ __device__ __forceinline__ std::uint64_t advance(std::uint64_t descriptor, std::
 template <int kSize>
 __device__ __forceinline__ void wgmma_hold(float (&d)[kSize]) {
 #pragma unroll
-  for (float& v : d) asm volatile("" : "+f"(v)::"memory");
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 // Registers written by ordinary code are ready for the wgmma that follow.  Name the accumulators
 // that ordinary code has written.
@@ -68,44 +68,52 @@ __device__ __forceinline__ void wgmma_wait(float (&... accumulators)[kSizes]) {
   ZEBRA_P32                                                                                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ZEBRA_P128                                                                               \
+  ZEBRA_P64                                                                                      \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "   \
+  "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, "   \
+  "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // B is K-major (0) or MN-major (1) in shared memory.
 enum class Major { kK = 0, kMN = 1 };
 
-// D += A B (D = A B where `accumulate` is false), A and B in shared memory, both K-major; N = 8,
-// 16, 32, 64 or 128 by the size of d, N / 2.
-#define ZEBRA_SS(SIZE, N, OUTPUTS, NAMES, A, B, P)                                             \
-  template <typename T>                                                                        \
+// D += A B (D = A B where `accumulate` is false), A and B in shared memory, A K-major; N = 8, 16,
+// 32, 64, 128 or 256 by the size of d, N / 2.
+#define ZEBRA_SS(SIZE, N, OUTPUTS, NAMES, A, B, P, MAJOR)                                      \
+  template <typename T, Major kMajor = Major::kK>                                              \
   __device__ __forceinline__ void wgmma_ss(float (&d)[SIZE], std::uint64_t a, std::uint64_t b, \
                                            bool accumulate) {                                  \
     if constexpr (std::is_same_v<T, __nv_bfloat16>)                                            \
-      ZEBRA_SS_OF("bf16", N, OUTPUTS, NAMES, A, B, P);                                         \
+      ZEBRA_SS_OF("bf16", N, OUTPUTS, NAMES, A, B, P, MAJOR);                                  \
     else                                                                                       \
-      ZEBRA_SS_OF("f16", N, OUTPUTS, NAMES, A, B, P);                                          \
+      ZEBRA_SS_OF("f16", N, OUTPUTS, NAMES, A, B, P, MAJOR);                                   \
   }
-#define ZEBRA_SS_OF(TYPE, N, OUTPUTS, NAMES, A, B, P)                                            \
+#define ZEBRA_SS_OF(TYPE, N, OUTPUTS, NAMES, A, B, P, MAJOR)                                     \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                             \
                ", 0;\n"                                                                          \
                "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" NAMES "}, " A \
-               ", " B ", p, 1, 1, 0, 0;\n}\n"                                                    \
+               ", " B ", p, 1, 1, 0, " MAJOR ";\n}\n"                                            \
                : OUTPUTS(d)                                                                      \
-               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajor)))
 #define ZEBRA_D4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define ZEBRA_D8A(d) ZEBRA_D8(d, 0)
 #define ZEBRA_D32A(d) ZEBRA_D32(d, 0)
 #define ZEBRA_D16(d) ZEBRA_D8(d, 0), ZEBRA_D8(d, 8)
 #define ZEBRA_D64(d) ZEBRA_D32(d, 0), ZEBRA_D32(d, 32)
+#define ZEBRA_D128(d) ZEBRA_D32(d, 0), ZEBRA_D32(d, 32), ZEBRA_D32(d, 64), ZEBRA_D32(d, 96)
 #define ZEBRA_P8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ZEBRA_P16 ZEBRA_P8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-ZEBRA_SS(4, "8", ZEBRA_D4, "%0, %1, %2, %3", "%4", "%5", "%6")
-ZEBRA_SS(8, "16", ZEBRA_D8A, ZEBRA_P8, "%8", "%9", "%10")
-ZEBRA_SS(16, "32", ZEBRA_D16, ZEBRA_P16, "%16", "%17", "%18")
-ZEBRA_SS(32, "64", ZEBRA_D32A, ZEBRA_P32, "%32", "%33", "%34")
-ZEBRA_SS(64, "128", ZEBRA_D64, ZEBRA_P64, "%64", "%65", "%66")
+ZEBRA_SS(4, "8", ZEBRA_D4, "%0, %1, %2, %3", "%4", "%5", "%6", "%7")
+ZEBRA_SS(8, "16", ZEBRA_D8A, ZEBRA_P8, "%8", "%9", "%10", "%11")
+ZEBRA_SS(16, "32", ZEBRA_D16, ZEBRA_P16, "%16", "%17", "%18", "%19")
+ZEBRA_SS(32, "64", ZEBRA_D32A, ZEBRA_P32, "%32", "%33", "%34", "%35")
+ZEBRA_SS(64, "128", ZEBRA_D64, ZEBRA_P64, "%64", "%65", "%66", "%67")
+ZEBRA_SS(128, "256", ZEBRA_D128, ZEBRA_P128, "%128", "%129", "%130", "%131")
 #undef ZEBRA_SS
 #undef ZEBRA_SS_OF
 
-// D += A B, A in registers, B in shared memory; N = 8, 16, 32, 64 or 128 by the size of d, N / 2.
+// D += A B, A in registers, B in shared memory; N = 8, 16, 32, 64, 128 or 256 by the size of d.
 #define ZEBRA_RS(SIZE, N, OUTPUTS, NAMES, A0, A1, A2, A3, B, P, MAJOR)                    \
   template <typename T, Major kMajor>                                                     \
   __device__ __forceinline__ void wgmma_rs(float (&d)[SIZE], const std::uint32_t (&a)[4], \
@@ -128,6 +136,7 @@ ZEBRA_RS(8, "16", ZEBRA_D8A, ZEBRA_P8, "%8", "%9", "%10", "%11", "%12", "%13", "
 ZEBRA_RS(16, "32", ZEBRA_D16, ZEBRA_P16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 ZEBRA_RS(32, "64", ZEBRA_D32A, ZEBRA_P32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 ZEBRA_RS(64, "128", ZEBRA_D64, ZEBRA_P64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+ZEBRA_RS(128, "256", ZEBRA_D128, ZEBRA_P128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #undef ZEBRA_RS
 #undef ZEBRA_RS_OF
 #undef ZEBRA_D4
@@ -135,11 +144,13 @@ ZEBRA_RS(64, "128", ZEBRA_D64, ZEBRA_P64, "%64", "%65", "%66", "%67", "%68", "%6
 #undef ZEBRA_D32A
 #undef ZEBRA_D16
 #undef ZEBRA_D64
+#undef ZEBRA_D128
 #undef ZEBRA_P8
 #undef ZEBRA_P16
 #undef ZEBRA_D8
 #undef ZEBRA_D32
 #undef ZEBRA_P32
 #undef ZEBRA_P64
+#undef ZEBRA_P128
 
 }  // namespace zebra::sm90

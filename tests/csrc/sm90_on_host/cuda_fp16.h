@@ -1,0 +1,2 @@
+#pragma once
+#include "sm90_on_host.h"
