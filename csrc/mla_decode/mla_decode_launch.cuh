@@ -4,6 +4,7 @@
 #include "common/cuda/launch.h"
 #include "mla_decode/mla_decode_combine.cuh"
 #include "mla_decode/mla_decode_kernel.cuh"
+#include "mla_decode/mla_decode_tma.cuh"
 #include "mla_decode/mla_decode_weight.cuh"
 
 namespace zebra {
@@ -97,23 +98,35 @@ Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream
   return mla_launch_after(mla_combine_kernel<T>, launch.gridDim, 32 * kMlaWarps, 0, stream, args);
 }
 
-template <typename T, int kRank, int kRope, bool kTma>
-Status mla_launch(const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
-                  const MlaMaps& maps, cudaStream_t stream) {
-  const auto kernel = mla_decode_kernel<T, kRank, kRope, kTma>;
+// An attention kernel, and before and after it what else the call needs.
+template <typename T, typename Maps>
+Status mla_launch_attention(void (*kernel)(MlaArgs, Maps), dim3 grid, int threads,
+                            const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
+                            const Maps& maps, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   if (p.weight == nullptr) {
-    kernel<<<c.ctas, 32 * kMlaWarps, c.smem_bytes, stream>>>(a, maps);
+    kernel<<<grid, threads, c.smem_bytes, stream>>>(a, maps);
     const Status s = launch_status();
     return s.error != nullptr || c.units == 0 ? s : mla_launch_combine<T>(a, c, stream);
   }
   Status s = mla_launch_absorb<T>(p, const_cast<void*>(a.q), stream);
   if (s.error == nullptr)
-    s = mla_launch_after(kernel, dim3(c.ctas), 32 * kMlaWarps, c.smem_bytes, stream, a, maps);
+    s = mla_launch_after(kernel, grid, threads, c.smem_bytes, stream, a, maps);
   const MlaPartials partials = {&a, a.units, a.stats, a.sums, a.o, c.rank, 16 * c.groups, c.passes};
   return s.error != nullptr ? s : mla_launch_expand<T>(p, partials, stream);
+}
+
+template <typename T, int kRank, int kRope, bool kTma>
+Status mla_launch(const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
+                  const MlaMaps& maps, cudaStream_t stream) {
+  if constexpr (kTma)
+    return mla_launch_attention<T>(mla_decode_tma_kernel<T, kRank, kRope>, dim3(c.ctas),
+                                   kMlaTmaThreads, p, a, c, maps, stream);
+  else
+    return mla_launch_attention<T>(mla_decode_kernel<T, kRank, kRope>, dim3(c.ctas), 32 * kMlaWarps,
+                                   p, a, c, maps, stream);
 }
 
 template <typename T, bool kTma>
