@@ -30,7 +30,7 @@ FAST_PATH = {
         "ssd_scan_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
     },
     "sm_90a": {
-        "mla_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"UTMALDG\.3D"),
+        "mla_decode_tma_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"UTMALDG\.3D", r"USETMAXREG"),
         "linear_decode_sm90_kernel": (
             r"HGMMA\.64x16x16\.F32",
             r"UTMALDG\.4D",

@@ -180,6 +180,10 @@ void compare(Arena& arena, const Problem& problem, const Case& c, const char* ro
   // p and o are rounded once each, by half of `unit`; twice that, and what exponents of steep
   // scores lose in fp32.
   const double unit = c.bf16 ? 1. / 256 : 1. / 2048, most_rms = c.bf16 ? 4e-3 : 6e-4;
+  // Absorbed queries are rounded to 16 bits, and the next number may be as near as the expected
+  // one: a few of them move a score by some units of 2^-9 (fp16: 2^-12) over the root of their
+  // number.
+  const double lse_unit = p.weight == nullptr ? 2e-4 : c.bf16 ? 2e-3 : 4e-4;
   std::vector<long> by_column(ceil_div<long>(p.v_dim, 16)), by_row(row_count), by_sequence(p.B);
   long bad = 0, first = -1, bad_lse = 0, first_lse = -1;
   double errors = 0, sizes = 0;
@@ -193,7 +197,8 @@ void compare(Arena& arena, const Problem& problem, const Case& c, const char* ro
   }
   for (long i = 0; i < rows; ++i) {
     const double v = got.lse[i], e = want_lse[i];
-    if (std::isinf(e) ? v == e : std::fabs(v - e) <= 2e-4 * std::max(1., std::fabs(e))) continue;
+    if (std::isinf(e) ? v == e : std::fabs(v - e) <= lse_unit * std::max(1., std::fabs(e)))
+      continue;
     if (bad_lse++ == 0) first_lse = i;
   }
   const double rms = sizes > 0 ? std::sqrt(errors / sizes) : 0;

@@ -12,11 +12,14 @@ constexpr int kMlaBlock = 32;       // cached tokens that a warp attends to at o
 constexpr int kMlaTmaStage = 64;    // cached tokens of a stage that TMA brings; cp.async: a block
 constexpr int kMlaWarps = 8;        // of a CTA
 constexpr int kMlaMostSlots = 8;    // stages of one stream
+constexpr int kMlaProducers = 4;    // warps beside them that bring stages by TMA, one a stream
+constexpr int kMlaMostStages = 28;  // of a CTA, by TMA: two barriers each
 constexpr int kMlaMostLanes = 32;   // of a combination
 constexpr int kMlaQFromSmem = 192;  // latent ranks from here on keep q in shared memory
 constexpr int kMlaMergeOffset = 6144;  // schedule and softmax statistics lie before it
 // Stages of a CTA together, where two of a stream take no more: more bytes under way were slower.
 constexpr int kMlaRingBytes = 112 * 1024;
+static_assert(kMlaRingBytes / (kMlaTmaStage * 96 * 2) <= kMlaMostStages);
 // Where the warps add their results, 32 x `parts` columns of each at a time.  The stride, in
 // floats, is such that rows meet no bank twice.
 constexpr int mla_merge_stride(int parts) { return parts * 32 + 8; }

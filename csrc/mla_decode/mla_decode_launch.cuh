@@ -4,6 +4,7 @@
 #include "common/cuda/launch.h"
 #include "mla_decode/mla_decode_combine.cuh"
 #include "mla_decode/mla_decode_kernel.cuh"
+#include "mla_decode/mla_decode_tma.cuh"
 #include "mla_decode/mla_decode_weight.cuh"
 
 namespace zebra {
@@ -121,8 +122,12 @@ Status mla_launch_attention(void (*kernel)(MlaArgs, Maps), dim3 grid, int thread
 template <typename T, int kRank, int kRope, bool kTma>
 Status mla_launch(const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
                   const MlaMaps& maps, cudaStream_t stream) {
-  return mla_launch_attention<T>(mla_decode_kernel<T, kRank, kRope, kTma>, dim3(c.ctas),
-                                 32 * kMlaWarps, p, a, c, maps, stream);
+  if constexpr (kTma)
+    return mla_launch_attention<T>(mla_decode_tma_kernel<T, kRank, kRope>, dim3(c.ctas),
+                                   kMlaTmaThreads, p, a, c, maps, stream);
+  else
+    return mla_launch_attention<T>(mla_decode_kernel<T, kRank, kRope>, dim3(c.ctas), 32 * kMlaWarps,
+                                   p, a, c, maps, stream);
 }
 
 template <typename T, bool kTma>

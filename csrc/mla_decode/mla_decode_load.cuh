@@ -40,6 +40,12 @@ struct MlaShape {
 
 constexpr int kMlaTableAhead = 512;  // tokens
 
+// The table in L2 by the time that this or another CTA knows its part of it.  One warp.
+__device__ __forceinline__ void mla_prefetch_table(const MlaArgs& a, int lane) {
+  const int line = static_cast<int>(blockIdx.x + lane * gridDim.x);
+  if (line < a.table_lines) prefetch_l2(a.block_table + line * 32);
+}
+
 // Waits until at most `pending` of this thread's committed groups of copies are in flight.
 __device__ __forceinline__ void mla_copy_wait(int pending) {
   switch (pending) {
@@ -61,8 +67,8 @@ __device__ __forceinline__ void mla_copy_wait(int pending) {
 }
 
 // Brings the stages of one stream, a few ahead of the warps that use them.  With cp.async every
-// warp of a team copies a part of every stage; with TMA one lane of the team does all of it.
-// Nothing of it is kept in registers.
+// warp of a team copies a part of every stage, and nothing of it is kept in registers; with TMA one
+// lane of a warp of its own does all of it.
 template <typename S>
 struct MlaLoader {
   // To the stream's next stage.  Every piece has one at least, be it empty: all streams attend the
@@ -85,11 +91,6 @@ struct MlaLoader {
       flags |= MlaStep::kLast;
     walk.stage = token, walk.flags = flags;
   }
-  // Lists an item that has just been opened for the combination.
-  static __device__ __forceinline__ void list(const MlaArgs& a, const MlaShare& s,
-                                              const MlaWalk& walk) {
-    if (threadIdx.x == 0 && (walk.flags & MlaStep::kFirst) && walk.token == 0) walk.list(a, s);
-  }
   // The table's entry for a cached token.  Neighbours of it are needed soon after and then lie in
   // L1 (which may be out of date before the grid's wait: `is_early`); the next line of the table is
   // asked for in time.
@@ -104,15 +105,16 @@ struct MlaLoader {
   static __device__ __forceinline__ int valid(const MlaArgs& a, int page) {
     return min(max(page, 0), a.pages - 1);
   }
-  // Starts the TMA of the next stage, which arrives at the barrier `full`.  Rows past the end of
-  // the sequence come as they lie in the page.  One lane.
+  // Starts the TMA of the next stage, which arrives at the barrier `full`, when barrier `empty`
+  // says that its place is free (0: it is).  Rows past the end of the sequence come as they lie in
+  // the page.  One lane.
   static __device__ __forceinline__ void fetch(const MlaArgs& a, const MlaMaps& maps,
                                                const MlaWalk& walk, MlaStep& step, unsigned stage,
-                                               unsigned full, bool is_early) {
+                                               unsigned full, unsigned empty, int parity) {
     const bool is_empty = walk.stage >= walk.end;
     int page = 0, row = 0;  // asked for first: nothing takes longer
-    if (!is_empty)
-      page = MlaLoader::page(a, walk, walk.stage, is_early), row = a.page.rest(walk.stage);
+    if (!is_empty) page = MlaLoader::page(a, walk, walk.stage, true), row = a.page.rest(walk.stage);
+    if (empty != 0) sm90::mbarrier_poll(empty, parity);
     step.note(a, walk);
     sm90::mbarrier_expect(full, is_empty ? 0 : S::kStageBytes);
     if (is_empty) return;

@@ -38,6 +38,13 @@ __device__ __forceinline__ int* mla_limits() {
   return reinterpret_cast<int*>(smem + kMlaLimitsOffset) + threadIdx.x / 32 * 16;
 }
 
+// Where a lane reads the fragments of its group's rows of q.
+template <typename S>
+__device__ __forceinline__ unsigned mla_q_address(const MlaArgs& a, unsigned smem, int group,
+                                                  int lane) {
+  return smem + a.q_offset + (group * 16 + (lane & 15)) * S::kQPitch + (lane >> 4) * 16;
+}
+
 template <typename T, typename S>
 struct MlaRows {
   unsigned q[S::kQFromSmem ? 1 : S::kSteps][4];
@@ -78,12 +85,11 @@ struct MlaRows {
   }
 
   // Opens an item whose q has been asked for.
-  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaStep& step, int row,
+  __device__ __forceinline__ void begin(const MlaArgs& a, int length, int row,
                                         const MlaPlace& place) {
     const int lane = place.lane, threads = 32 * place.workers;
     if (lane < 16)
-      mla_limits()[lane] =
-          step.length - a.tokens + a.heads.quotient(min(row + lane, a.rows - 1)) + 1;
+      mla_limits()[lane] = length - a.tokens + a.heads.quotient(min(row + lane, a.rows - 1)) + 1;
 #pragma unroll
     for (int i = 0; i < 2; ++i) reference[i] = -kInfinity, sum[i] = 0.f;  // no token yet
 #pragma unroll

@@ -126,9 +126,16 @@ __device__ __forceinline__ int mla_scan(int v, int lane) {
 // and no warp waits for another.
 constexpr int kMlaLaneBatch = 32, kMlaWarpBatch = 256;
 
+// What mla_share() makes of a batch up to kMlaLaneBatch: the length of the lane's sequence, as it
+// lies in memory.  A kernel asks for it first of all.
+__device__ __forceinline__ int mla_lane_length(const MlaLine& a) {
+  const int lane = threadIdx.x % 32;
+  return lane < a.batch ? __ldcg(a.seq_lens + lane * a.seq_lens_stride) : 0;
+}
+
 // This CTA's share, by one look at the lengths: every thread takes one of equal runs of sequences.
 // All threads call it; `scratch` is shared memory for kMlaWarps + 4 ints.
-__device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
+__device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch, int lane_length) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const bool is_lane = a.batch <= kMlaLaneBatch, is_alone = a.batch <= kMlaWarpBatch;
   constexpr int kAtOnce = 4;
@@ -138,7 +145,7 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
   bool has_empty = false;
   if (is_lane) {
     if (lane < a.batch) {
-      s.length = mla_length(a, lane), s.units = mla_units(a, s.length);
+      s.length = min(max(lane_length, 0), a.max_tokens), s.units = mla_units(a, s.length);
       sum = mla_weight(a, s.units), has_empty = s.length == 0;
     }
   } else {
@@ -163,7 +170,7 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
   if (is_alone) {
     s.has_empty = __any_sync(kWarp, has_empty);
   } else {
-    if (lane == 0) scratch[warp] = total;
+    if (lane == 0 && warp < kMlaWarps) scratch[warp] = total;  // others have no sequence
     s.has_empty = __syncthreads_or(has_empty);
     total = 0;
 #pragma unroll
@@ -213,6 +220,10 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
   }
   if (s.low >= s.high) s.batch = a.batch, s.start = s.high, s.length = s.units = 0;
   return s;
+}
+
+__device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
+  return mla_share(a, scratch, mla_lane_length(a));
 }
 
 // What combines an item, found by a warp from the lengths, for batches up to kMlaLaneBatch.

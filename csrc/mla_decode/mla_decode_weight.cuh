@@ -42,7 +42,11 @@ Status mla_launch_after(void (*kernel)(Args...), dim3 grid, int threads, int sme
   early.val.programmaticStreamSerializationAllowed = 1;
   launch.attrs = &early;
   launch.numAttrs = mla_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&launch, kernel, args...);
+  // The split of L1 that the attention kernel has: another one waits until a multiprocessor is
+  // empty.
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch, kernel, args...);
   return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
 }
 

@@ -1,0 +1,161 @@
+// The kernel of mla_decode on Hopper, where TMA brings the stages; mla_decode_kernel.cuh, with
+//
+// Warps          8 that attend, in teams of `groups` (query rows, 16 each) x `halves` (of a stage),
+//                and one for every stream that walks its pieces and starts its copies: the walk and
+//                the table are a chain of a third of the time of a stage, which no product waits
+//                for.  A third warpgroup, because registers are moved between whole ones.
+// Stage          64 cached rows.  A barrier says that it has landed, and with it its step; another
+//                that all warps of the team are done with it.  Teams' warps do not wait for each
+//                other otherwise.
+#pragma once
+
+#include "mla_decode/mla_decode_finish.cuh"
+
+namespace zebra {
+namespace {
+
+constexpr int kMlaTmaThreads = 32 * (kMlaWarps + kMlaProducers);
+constexpr int kMlaEmptyOffset = 64 + 8 * kMlaMostStages;  // the second half of the barriers
+static_assert(kMlaEmptyOffset + 8 * kMlaMostStages <= kMlaStatsOffset,
+              "barriers fit before statistics");
+static_assert(kMlaTmaThreads % 128 == 0 && kMlaWarps % 4 == 0, "warpgroups have one purpose");
+
+// The stages of a stream, until the last one, which says that there are no more.  One lane.
+template <typename S>
+__device__ __forceinline__ void mla_produce(const MlaArgs& a, const MlaMaps& maps,
+                                            const MlaShare& share, int stream,
+                                            unsigned char* smem) {
+  MlaStep* const steps =
+      reinterpret_cast<MlaStep*>(smem + kMlaStepsOffset) + stream * kMlaMostSlots;
+  const unsigned base = smem_addr(smem), first = stream * a.slots;
+  MlaWalk walk;
+  walk.begin(a, share);
+  int slot = 0, parity = -1;  // of the empty barrier's phase; -1: nobody has the stage yet
+  bool is_unlisted = false;
+#pragma unroll 1
+  for (;;) {
+    // Not between the first stages; the walk is at the item until the piece's last one.
+    if (is_unlisted && (parity >= 0 || (walk.flags & MlaStep::kLast))) {
+      walk.list(a, share);
+      is_unlisted = false;
+    }
+    MlaLoader<S>::advance(a, share, walk, stream);
+    const unsigned stage = first + slot;
+    MlaLoader<S>::fetch(a, maps, walk, steps[slot], base + a.ring_offset + stage * S::kStageBytes,
+                        base + 64 + stage * 8, parity < 0 ? 0 : base + kMlaEmptyOffset + stage * 8,
+                        parity);
+    if (walk.flags == MlaStep::kStop) return;
+    is_unlisted |= stream == 0 && (walk.flags & MlaStep::kFirst) && walk.token == 0;
+    if (++slot == a.slots) slot = 0, parity = parity < 0 ? 0 : parity ^ 1;
+  }
+}
+
+// Code is written once and before it is needed nothing is computed: a kernel that runs once a layer
+// finds its code in HBM, and a short launch is mostly the time to fetch it.
+template <typename T, int kRank, int kRope>
+__global__ void __launch_bounds__(kMlaTmaThreads, 1)
+    mla_decode_tma_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaMaps maps) {
+  using S = MlaShape<kRank, kRope, true>;
+  extern __shared__ __align__(1024) unsigned char smem[];
+  const int length = mla_lane_length(a);
+  sm90::grid_launch_dependents();
+  const int warp = threadIdx.x / 32;
+  if (warp == kMlaWarps + kMlaProducers - 1) {  // the least busy one
+    const int lane = threadIdx.x % 32;
+    if (lane < a.streams * a.slots) {
+      const unsigned at = smem_addr(smem) + 64 + lane * 8;
+      sm90::mbarrier_init(at, 1);
+      sm90::mbarrier_init(at + kMlaEmptyOffset - 64, 1 << a.log_team);
+      sm90::mbarrier_init_fence();
+    }
+    mla_prefetch_table(a, lane);
+  }
+  const MlaShare share = mla_share(a, reinterpret_cast<int*>(smem), length);
+  __syncthreads();  // the barriers are there
+
+  if (warp >= kMlaWarps) {
+    sm90::registers_decrease<40>();
+    const int stream = warp - kMlaWarps;
+    if (threadIdx.x % 32 != 0 || stream >= a.streams) return;
+    if (stream == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
+    mla_produce<S>(a, maps, share, stream, smem);
+    return;
+  }
+  sm90::registers_increase<232>();
+  int* const scratch = reinterpret_cast<int*>(smem);
+  if (threadIdx.x % 32 == 0) scratch[kMlaWarps + 4] = share.has_empty;  // all warps say the same
+  const MlaMerge merge(smem);
+  // What follows from the thread's index is found anew in every round: registers are scarce.
+  if (const MlaPlace me(a, threadIdx.x); me.stream < a.streams) {
+    MlaRows<T, S> mine;
+    // The share's first item, whose q is asked for before its steps are there.
+    int opened = -1;
+    if (share.low < share.high) {
+      const int pass = a.passes > 1 ? (share.low - share.start) / (share.units + a.item_cost) : 0;
+      const int row = (pass * a.groups + me.group) * 16;
+      mine.q_address = mla_q_address<S>(a, smem_addr(smem), me.group, me.lane);
+      if (row < a.rows) {
+        mine.ask(a, share.batch, row, me);
+        mine.begin(a, share.length, row, me);
+        opened = share.batch * a.passes + pass;
+      }
+    }
+    int slot = 0, parity = 0;
+#pragma unroll 1
+    for (;;) {
+      const MlaPlace place(a, thread_index());
+      const int lane = place.lane, stage = place.stream * a.slots + slot;
+      const unsigned barrier = smem_addr(smem) + 64 + stage * 8;
+      const unsigned tile = smem_addr(smem) + a.ring_offset + stage * S::kStageBytes;
+      const MlaStep* const step = reinterpret_cast<const MlaStep*>(smem + kMlaStepsOffset) +
+                                  place.stream * kMlaMostSlots + slot;
+      sm90::mbarrier_poll(barrier, parity);
+      __syncwarp();
+      const int flags = step->flags;
+      if (flags & MlaStep::kStop) break;
+      const int row = (step->pass * a.groups + place.group) * 16;
+      const bool is_active = row < a.rows;  // by warp; the others of its group agree
+      mine.q_address = mla_q_address<S>(a, smem_addr(smem), place.group, lane);
+      if ((flags & MlaStep::kFirst) && is_active) {
+        if (opened != step->b * a.passes + step->pass) {
+          mine.ask(a, step->b, row, place);
+          mine.begin(a, step->length, row, place);
+        }
+        opened = -1;
+      }
+      const int left = step->end - step->token;
+      if (left > 0 && left < S::kStage) {
+        const int team = 32 << a.log_team;  // threads
+        mla_clear_tail<S>(tile, left, place.member * 32 + lane, team);
+        sm90::fence_async_proxy();
+        named_barrier(1 + place.stream, team);
+      }
+      if (is_active) {
+#pragma unroll 1
+        for (int skip = kMlaBlock * place.half; skip < min(S::kStage, left);
+             skip += kMlaBlock * a.halves) {
+          const int first = step->token + skip;
+          const int open = step->length - a.tokens + 1;  // tokens that every row sees
+          mine.attend(tile, skip, a.scale, first, first + kMlaBlock > open);
+        }
+      }
+      if (is_active && (flags & MlaStep::kLast)) {
+        const MlaStep kept = *step;
+        __syncwarp();
+        if (thread_index() % 32 == 0) sm90::mbarrier_arrive(barrier + kMlaEmptyOffset - 64);
+        mla_finish<T, S>(a, mine, merge, kept);
+      } else {
+        __syncwarp();
+        if (thread_index() % 32 == 0) sm90::mbarrier_arrive(barrier + kMlaEmptyOffset - 64);
+      }
+      if (++slot == a.slots) slot = 0, parity ^= 1;
+    }
+  }
+  // A grid must not end before the one that it follows: the next one waits for this one alone.
+  sm90::grid_dependency_wait();
+  __syncwarp();
+  if (scratch[kMlaWarps + 4]) mla_write_empty<T>(a);
+}
+
+}  // namespace
+}  // namespace zebra
