@@ -57,10 +57,17 @@ STABLE_TORCH_LIBRARY(zebra, m) {
       "mla_project(Tensor hidden, Tensor? q_a_weight, Tensor q_b_weight, Tensor kv_a_weight,"
       " Tensor cos, Tensor sin, Tensor positions, int num_heads, Tensor? q_a_norm_weight=None,"
       " Tensor? kv_a_norm_weight=None, float norm_eps=1e-06) -> (Tensor q, Tensor latent)");
+  // mla_project where a gradient follows, which needs c_q = W_qa x
+  m.def(
+      "mla_project_training(Tensor hidden, Tensor q_a_weight, Tensor q_b_weight,"
+      " Tensor kv_a_weight, Tensor cos, Tensor sin, Tensor positions, int num_heads, Tensor? "
+      "q_a_norm_weight,"
+      " Tensor? kv_a_norm_weight, float norm_eps) -> (Tensor q, Tensor latent, Tensor c_q)");
   m.def(
       "mla_project_backward(Tensor dq, Tensor dlatent, Tensor hidden, Tensor? q_a_weight,"
       " Tensor q_b_weight, Tensor kv_a_weight, Tensor cos, Tensor sin, Tensor positions,"
-      " int num_heads, Tensor? q_a_norm_weight, Tensor? kv_a_norm_weight, float norm_eps)"
+      " int num_heads, Tensor? q_a_norm_weight, Tensor? kv_a_norm_weight, float norm_eps,"
+      " Tensor? c_q)"
       " -> (Tensor dhidden, Tensor dq_a_weight, Tensor dq_b_weight, Tensor dkv_a_weight,"
       " Tensor dq_a_norm_weight, Tensor dkv_a_norm_weight)");
   m.def(

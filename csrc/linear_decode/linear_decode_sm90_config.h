@@ -44,13 +44,11 @@ constexpr bool linear_norms_itself(std::int64_t rows, std::int64_t K) {
 constexpr int kLinearRingBesideNormBytes = 73728;
 
 // Where ATen's product is at least as fast, with the norm and the residual in launches of their own
-// (measured on an H100 over the projections of 1B to 8B models, 1 to 128 rows): from 65 rows on,
-// and from 33 on of vocabularies.  Swiglu's two products and their combination stay here.
-constexpr std::int64_t kLinearMostRows = 64, kLinearMostVocabularyRows = 32;
-constexpr std::int64_t kLinearVocabulary = 32768;
+// (measured over the projections of 1B to 8B models, 1 to 128 rows): from 65 rows on, and of
+// vocabularies always.  Swiglu's two products and their combination stay here.
+constexpr std::int64_t kLinearMostRows = 64, kLinearVocabulary = 32768;
 constexpr bool linear_is_for_aten(std::int64_t rows, std::int64_t outputs, bool swiglu) {
-  return !swiglu &&
-         rows > (outputs >= kLinearVocabulary ? kLinearMostVocabularyRows : kLinearMostRows);
+  return !swiglu && (rows > kLinearMostRows || outputs >= kLinearVocabulary);
 }
 
 struct LinearDecodeSm90Shape {

@@ -43,6 +43,19 @@ std::tuple<Tensor, Tensor> mla_project_op(const Tensor& hidden, const OptTensor&
   return MlaProducts(check, in, CpuDevice{}).forward(nullptr, nullptr);
 }
 
+std::tuple<Tensor, Tensor, Tensor> mla_project_training_op(
+    const Tensor& hidden, const Tensor& q_a, const Tensor& q_b_weight, const Tensor& kv_a_weight,
+    const Tensor& cos, const Tensor& sin, const Tensor& positions, int64_t num_heads,
+    const OptTensor& q_a_norm_weight, const OptTensor& kv_a_norm_weight, double norm_eps) {
+  const Check check("mla_project");
+  const OptTensor q_a_weight(q_a);
+  const MlaProjectInputs in{hidden,    q_a_weight, q_b_weight,      kv_a_weight,      cos,     sin,
+                            positions, num_heads,  q_a_norm_weight, kv_a_norm_weight, norm_eps};
+  Tensor c_q = hidden;
+  const auto [q, latent] = MlaProducts(check, in, CpuDevice{}).forward(nullptr, nullptr, &c_q);
+  return {q, latent, c_q};
+}
+
 std::tuple<Tensor, Tensor> mla_project_append_op(
     const Tensor& hidden, const OptTensor& q_a_weight, const Tensor& q_b_weight,
     const Tensor& kv_a_weight, const Tensor& cos, const Tensor& sin, const Tensor& positions,
@@ -61,11 +74,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mla_project_backward_
     const Tensor& dq, const Tensor& dlatent, const Tensor& hidden, const OptTensor& q_a_weight,
     const Tensor& q_b_weight, const Tensor& kv_a_weight, const Tensor& cos, const Tensor& sin,
     const Tensor& positions, int64_t num_heads, const OptTensor& q_a_norm_weight,
-    const OptTensor& kv_a_norm_weight, double norm_eps) {
+    const OptTensor& kv_a_norm_weight, double norm_eps, const OptTensor& c_q) {
   const Check check("mla_project_backward");
   const MlaProjectInputs in{hidden,    q_a_weight, q_b_weight,      kv_a_weight,      cos,     sin,
                             positions, num_heads,  q_a_norm_weight, kv_a_norm_weight, norm_eps};
-  return MlaProducts(check, in, CpuDevice{}).backward(dq, dlatent);
+  return MlaProducts(check, in, CpuDevice{}).backward(dq, dlatent, c_q);
 }
 
 }  // namespace
@@ -73,6 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mla_project_backward_
 
 STABLE_TORCH_LIBRARY_IMPL(zebra, CPU, m) {
   m.impl("mla_project", TORCH_BOX(&zebra::mla_project_op));
+  m.impl("mla_project_training", TORCH_BOX(&zebra::mla_project_training_op));
   m.impl("mla_project_append", TORCH_BOX(&zebra::mla_project_append_op));
   m.impl("mla_project_backward", TORCH_BOX(&zebra::mla_project_backward_op));
 }

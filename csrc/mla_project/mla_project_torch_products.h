@@ -51,8 +51,9 @@ class MlaProducts {
 
   const MlaProjectDims& dims() const { return d_; }
 
-  // `cache` and `slot_mapping` are nullptr without a cache.
-  std::tuple<Tensor, Tensor> forward(const Tensor* cache, const Tensor* slot_mapping) const {
+  // `cache` and `slot_mapping` are nullptr without a cache; `c_q` takes W_qa x for `backward`.
+  std::tuple<Tensor, Tensor> forward(const Tensor* cache, const Tensor* slot_mapping,
+                                     Tensor* c_q = nullptr) const {
     MlaProjectParams p{};
     p.rope = rope_;
     Tensor slots = positions_;
@@ -75,7 +76,8 @@ class MlaProducts {
       return shaped(std::get<0>(*done), std::get<1>(*done));
     if (in_.input_norm_weight != nullptr)
       x = norm(x, d_.D, *in_.input_norm_weight, in_.input_norm_eps).y;
-    const Normed q_a = query_latent(x);
+    const Normed q_a = query_latent(x, std::nullopt);
+    if (c_q != nullptr) *c_q = torch::stable::view(q_a.raw, {d_.B, d_.T, d_.rank_q});
     Tensor q = product(q_a.y, in_.q_b_weight);
     Tensor kv = product(x, in_.kv_a_weight);
     const Normed c = norm(kv, d_.R, in_.kv_a_norm_weight, in_.norm_eps);
@@ -89,18 +91,24 @@ class MlaProducts {
     return shaped(q, latent);
   }
 
-  // Only hidden is saved: the low-rank activations that gradients need are recomputed.
+  // Where c_q was not kept it is computed again, as norms and what they apply to always are.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dq,
-                                                                      const Tensor& dlatent) const {
+                                                                      const Tensor& dlatent,
+                                                                      const OptTensor& c_q) const {
     const int64_t depth = d_.R + d_.E;
     check_.like("dq", dq, in_.hidden, "hidden");
     check_.shape("dq", dq, {d_.B, d_.T, d_.H, d_.q_dim}, "[B, T, H, Dn + E]");
     check_.like("dlatent", dlatent, in_.hidden, "hidden");
     check_.shape("dlatent", dlatent, {d_.B, d_.T, depth}, "[B, T, R + E]");
+    if (c_q) {
+      check_.that(in_.q_a_weight.has_value(), "c_q", describe(*c_q), "None without q_a_weight");
+      check_.like("c_q", *c_q, in_.hidden, "hidden");
+      check_.shape("c_q", *c_q, {d_.B, d_.T, d_.rank_q}, "[B, T, Rq]");
+    }
     const Tensor dq_rows = torch::stable::contiguous(dq);
     const Tensor dlatent_rows = torch::stable::contiguous(dlatent);
     const Tensor x = rows();
-    const Normed q_a = query_latent(x);
+    const Normed q_a = query_latent(x, c_q);
 
     MlaProjectBackwardParams p{};
     p.rope = rope_;
@@ -170,9 +178,12 @@ class MlaProducts {
     return torch::stable::new_empty(in_.hidden, {rows, width});
   }
 
-  Tensor rows() const {
-    return torch::stable::view(torch::stable::contiguous(in_.hidden), {d_.tokens, d_.D});
+  // t [B, T, width], contiguous, by token
+  Tensor rows_of(const Tensor& t, int64_t width) const {
+    return torch::stable::view(torch::stable::contiguous(t), {d_.tokens, width});
   }
+
+  Tensor rows() const { return rows_of(in_.hidden, d_.D); }
 
   // a w^T, contiguous
   Tensor product(const Tensor& a, const Tensor& w) const {
@@ -181,9 +192,11 @@ class MlaProducts {
     return out;
   }
 
-  Normed query_latent(const Tensor& x) const {
-    return norm(in_.q_a_weight ? product(x, *in_.q_a_weight) : x, d_.rank_q, in_.q_a_norm_weight,
-                in_.norm_eps);
+  Normed query_latent(const Tensor& x, const OptTensor& c_q) const {
+    const Tensor raw = c_q              ? rows_of(*c_q, d_.rank_q)
+                       : in_.q_a_weight ? product(x, *in_.q_a_weight)
+                                        : x;
+    return norm(raw, d_.rank_q, in_.q_a_norm_weight, in_.norm_eps);
   }
 
   // The first `dim` columns of raw, normalised where there is a weight.

@@ -10,7 +10,11 @@ from refusals import assert_rejected
 
 from zebra import ops
 from zebra.ops import reference
-from zebra.ops.project import _mla_project_backward_composite, _mla_project_composite
+from zebra.ops.project import (
+    _mla_project_backward_composite,
+    _mla_project_composite,
+    _mla_project_training_composite,
+)
 from zebra.testing import assert_close, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -88,9 +92,14 @@ def test_mla_project_composite_matches_reference(norms, q_a, dtype):
     truth = run(reference.mla_project, wide(args), *(g.double() for g in grads))
     eager = run(reference.mla_project, args, *grads)
     q, latent = _mla_project_composite(**args)
-    gradients = _mla_project_backward_composite(*grads, **args, norm_eps=1e-6)
-    named = {k: g for k, g in zip(GRADIENTS, gradients, strict=True) if args[k] is not None}
-    compare({"q": q, "latent": latent} | named, truth, eager, dtype)
+    for kept in (False, True) if q_a else (False,):
+        c_q = None
+        if kept:
+            *again, c_q = _mla_project_training_composite(*args.values(), 1e-6)
+            assert all(torch.equal(a, b) for a, b in zip(again, (q, latent), strict=True))
+        gradients = _mla_project_backward_composite(*grads, **args, norm_eps=1e-6, c_q=c_q)
+        named = {k: g for k, g in zip(GRADIENTS, gradients, strict=True) if args[k] is not None}
+        compare({"q": q, "latent": latent} | named, truth, eager, dtype)
 
 
 @settings(max_examples=30, deadline=None)
@@ -153,14 +162,15 @@ def test_mla_project_merged_query_weight_equals_two_steps(device):
         assert relative_error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("fn", [ops.mla_project, torch.ops.zebra.mla_project], ids=["ops", "raw"])
 @pytest.mark.parametrize("q_a", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
-def test_mla_project_passes_gradcheck(norms, q_a):
+def test_mla_project_passes_gradcheck(norms, q_a, fn):
     args = make((6, 5, 2, 3, 4, 3), torch.float64, "cpu", (2, 3), q_a, norms)
     names = [k for k in GRADIENTS if args[k] is not None]
 
     def project(*leaves):
-        return ops.mla_project(**args | dict(zip(names, leaves, strict=True)))
+        return fn(**args | dict(zip(names, leaves, strict=True)))
 
     assert torch.autograd.gradcheck(project, [args[k].requires_grad_() for k in names])
 
@@ -183,6 +193,55 @@ def test_mla_project_passes_opcheck(norms, device):
         if args[k] is not None:
             args[k].requires_grad_()
     torch.library.opcheck(torch.ops.zebra.mla_project.default, (), args)
+    torch.library.opcheck(torch.ops.zebra.mla_project_training.default, (*args.values(), 1e-6))
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mla_project_has_the_same_gradients_whether_c_q_is_kept_or_not(dtype, norms, device):
+    args = make(DIMS["8b_heads"], dtype, device, norms=norms)
+    grads = output_gradients(args)
+    kept, again = (run(f, args, *grads) for f in (ops.mla_project, torch.ops.zebra.mla_project))
+    assert all(torch.equal(kept[k], again[k]) for k in again)
+
+
+def test_mla_project_keeps_c_q_only_where_a_gradient_follows(device):
+    args = make(DIMS["odd"], torch.float32, device)
+
+    def saved():
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+        ):
+            q, _ = ops.mla_project(**args)
+        return q.requires_grad, shapes
+
+    assert saved() == (False, [])
+    args["kv_a_weight"].requires_grad_()
+    needs_grad, shapes = saved()
+    assert needs_grad and (2, 5, 17) in shapes
+    with torch.no_grad():
+        assert saved() == (False, [])
+
+
+def test_mla_project_backward_rejects_a_wrong_c_q(device):
+    args = make(DIMS["odd"], torch.float32, device)
+    dq, dlatent = output_gradients(args)
+    c_q = torch.zeros(2, 5, 17, device=device)
+
+    def backward(c_q, **changes):
+        values = (args | changes).values()
+        return torch.ops.zebra.mla_project_backward(dq, dlatent, *values, 1e-6, c_q)
+
+    for bad, message in (
+        (c_q[:1], r"c_q must be \[B, T, Rq\] = \[2, 5, 17\], got \[1, 5, 17\]"),
+        (c_q.half(), "c_q must be float32 like hidden"),
+    ):
+        with pytest.raises(RuntimeError, match="zebra::mla_project_backward: " + message):
+            backward(bad)
+    merged = args["q_b_weight"] @ args["q_a_weight"]
+    with pytest.raises(RuntimeError, match="c_q must be None without q_a_weight"):
+        backward(c_q, q_a_weight=None, q_b_weight=merged)
 
 
 def test_mla_project_compiles_fullgraph(device):

@@ -58,20 +58,23 @@ def mla_project(
         Matrix products are PyTorch's and round to hidden's dtype, as nn.Linear does; norms and
         rotation are fp32 (fp64 for fp64) with one rounding.  Differentiable in hidden and weights;
         cos and sin get no gradient.
+
+    Memory:
+        For gradients c_q is kept beside hidden, Rq numbers a token; without q_a_weight, or where
+        none of the arguments requires grad, nothing is.
     """
-    return torch.ops.zebra.mla_project(
-        hidden,
-        q_a_weight,
-        q_b_weight,
-        kv_a_weight,
-        cos,
-        sin,
-        positions,
-        num_heads,
-        q_a_norm_weight,
-        kv_a_norm_weight,
-        norm_eps,
+    arguments = (
+        hidden, q_a_weight, q_b_weight, kv_a_weight, cos, sin, positions, num_heads,
+        q_a_norm_weight, kv_a_norm_weight, norm_eps,
+    )  # fmt: skip
+    weights = (q_a_weight, q_b_weight, kv_a_weight, q_a_norm_weight, kv_a_norm_weight)
+    grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, *weights)
     )
+    if q_a_weight is None or not grad:
+        return torch.ops.zebra.mla_project(*arguments)
+    q, latent, _ = torch.ops.zebra.mla_project_training(*arguments)
+    return q, latent
 
 
 def mla_project_append(
@@ -133,22 +136,10 @@ def mla_project_append(
     graph may write them; outside of graphs any order is safe.
     """
     return torch.ops.zebra.mla_project_append(
-        hidden,
-        q_a_weight,
-        q_b_weight,
-        kv_a_weight,
-        cos,
-        sin,
-        positions,
-        num_heads,
-        cache,
-        slot_mapping,
-        q_a_norm_weight,
-        kv_a_norm_weight,
-        norm_eps,
-        input_norm_weight,
-        input_norm_eps,
-    )
+        hidden, q_a_weight, q_b_weight, kv_a_weight, cos, sin, positions, num_heads,
+        cache, slot_mapping, q_a_norm_weight, kv_a_norm_weight, norm_eps,
+        input_norm_weight, input_norm_eps,
+    )  # fmt: skip
 
 
 @fake("mla_project")
@@ -168,6 +159,13 @@ def _mla_project_fake(
     B, T, _ = hidden.shape
     q = hidden.new_empty(B, T, num_heads, q_b_weight.size(0) // num_heads)
     return q, hidden.new_empty(B, T, kv_a_weight.size(0))
+
+
+@fake("mla_project_training")
+def _mla_project_training_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, q_a_weight = arguments[:2]
+    c_q = hidden.new_empty(*hidden.shape[:2], q_a_weight.size(0))
+    return (*_mla_project_fake(*arguments), c_q)
 
 
 @fake("mla_project_append")
@@ -208,6 +206,7 @@ def _mla_project_backward_fake(
     q_a_norm_weight: Tensor | None,
     kv_a_norm_weight: Tensor | None,
     norm_eps: float,
+    c_q: Tensor | None,
 ) -> tuple[Tensor, ...]:
     def grad(w: Tensor | None) -> Tensor:
         return hidden.new_empty(0) if w is None else w.new_empty(w.shape)
@@ -323,11 +322,15 @@ class _Inputs(NamedTuple):
         norm("kv_a_norm_weight", self.kv_a_norm_weight, R, "[R]")
         norm("input_norm_weight", self.input_norm_weight, x.size(2), "[D]")
 
-    def project(self) -> tuple[Tensor, Tensor]:
+    def query_latent(self, x: Tensor) -> Tensor:
+        """c_q before its norm."""
+        return x if self.q_a_weight is None else F.linear(x, self.q_a_weight)
+
+    def project(self, c_q: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The queries and the latents."""
         x, eps = _norm(self.hidden, self.input_norm_weight, self.input_norm_eps), self.norm_eps
         angles = _Angles(self.cos[self.positions], self.sin[self.positions])
-        c_q = x if self.q_a_weight is None else F.linear(x, self.q_a_weight)
+        c_q = self.query_latent(x) if c_q is None else c_q
         q = F.linear(_norm(c_q, self.q_a_norm_weight, eps), self.q_b_weight)
         R = self.kv_a_weight.size(0) - 2 * self.cos.size(-1)
         c, k = F.linear(x, self.kv_a_weight).tensor_split([R], dim=-1)
@@ -350,20 +353,19 @@ def _mla_project_composite(
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     inputs = _Inputs(
-        hidden,
-        q_a_weight,
-        q_b_weight,
-        kv_a_weight,
-        cos,
-        sin,
-        positions,
-        num_heads,
-        q_a_norm_weight,
-        kv_a_norm_weight,
-        norm_eps,
-    )
+        hidden, q_a_weight, q_b_weight, kv_a_weight, cos, sin, positions, num_heads,
+        q_a_norm_weight, kv_a_norm_weight, norm_eps,
+    )  # fmt: skip
     inputs.check(Check("mla_project"))
     return inputs.project()
+
+
+@composite("mla_project_training")
+def _mla_project_training_composite(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = _Inputs(*arguments)
+    inputs.check(Check("mla_project"))
+    c_q = inputs.query_latent(inputs.hidden)
+    return (*inputs.project(c_q), c_q)
 
 
 @composite("mla_project_append")
@@ -385,20 +387,9 @@ def _mla_project_append_composite(
     input_norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     inputs = _Inputs(
-        hidden,
-        q_a_weight,
-        q_b_weight,
-        kv_a_weight,
-        cos,
-        sin,
-        positions,
-        num_heads,
-        q_a_norm_weight,
-        kv_a_norm_weight,
-        norm_eps,
-        input_norm_weight,
-        input_norm_eps,
-    )
+        hidden, q_a_weight, q_b_weight, kv_a_weight, cos, sin, positions, num_heads,
+        q_a_norm_weight, kv_a_norm_weight, norm_eps, input_norm_weight, input_norm_eps,
+    )  # fmt: skip
     check = Check("mla_project_append")
     inputs.check(check)
     check.like("cache", cache, hidden, "hidden")
@@ -438,10 +429,13 @@ def _mla_project_backward_composite(
     q_a_norm_weight: Tensor | None,
     kv_a_norm_weight: Tensor | None,
     norm_eps: float,
+    c_q: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     back = _Angles(cos[positions], -sin[positions])  # a rotation's transpose turns the other way
     x = hidden.flatten(0, 1)
-    c_q = x if q_a_weight is None else F.linear(x, q_a_weight)
+    if c_q is None:
+        c_q = x if q_a_weight is None else F.linear(x, q_a_weight)
+    c_q = c_q.reshape(x.size(0), -1)
     dq_raw = back.rotate(dq).flatten(2).flatten(0, 1)
     dkv_raw = back.rotate(dlatent).flatten(0, 1)
     dkv_a_norm = x.new_empty(0)
@@ -460,20 +454,31 @@ def _mla_project_backward_composite(
     return dx, dq_a, dq_b, dkv_a, dq_a_norm, dkv_a_norm
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, ctx.num_heads = inputs[:7], inputs[7]
     q_a_norm_weight, kv_a_norm_weight, ctx.norm_eps = inputs[8:]
-    ctx.save_for_backward(*tensors, q_a_norm_weight, kv_a_norm_weight)
+    kept = output[2:]  # c_q, where it is an output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    c_q = kept[0] if kept else None
+    ctx.save_for_backward(*tensors, q_a_norm_weight, kv_a_norm_weight, c_q)
 
 
-def _backward(ctx: Any, dq: Tensor, dlatent: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, q_a_norm, kv_a_norm = ctx.saved_tensors
+def _backward(
+    ctx: Any, dq: Tensor | None, dlatent: Tensor | None, _dc_q: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    *inputs, q_a_norm, kv_a_norm, c_q = ctx.saved_tensors
+    hidden, q_a, q_b, kv_a = inputs[:4]
+    tokens, heads = hidden.shape[:2], ctx.num_heads
+    dq = hidden.new_zeros(*tokens, heads, q_b.size(0) // heads) if dq is None else dq
+    dlatent = hidden.new_zeros(*tokens, kv_a.size(0)) if dlatent is None else dlatent
     dx, dq_a, dq_b, dkv_a, dq_a_norm, dkv_a_norm = torch.ops.zebra.mla_project_backward(
-        dq, dlatent, *inputs, ctx.num_heads, q_a_norm, kv_a_norm, ctx.norm_eps
+        dq, dlatent, *inputs, heads, q_a_norm, kv_a_norm, ctx.norm_eps, c_q
     )
-    dq_a = optional(dq_a, inputs[1])
+    dq_a = optional(dq_a, q_a)
     dq_a_norm, dkv_a_norm = optional(dq_a_norm, q_a_norm), optional(dkv_a_norm, kv_a_norm)
     return dx, dq_a, dq_b, dkv_a, None, None, None, None, dq_a_norm, dkv_a_norm, None
 
 
 autograd("mla_project", _backward, _setup)
+autograd("mla_project_training", _backward, _setup)
