@@ -181,14 +181,10 @@ class Graph {
   cudaGraphExec_t executable_ = nullptr;
 };
 
-// The median of the replays of `work` as a graph, in us.  `before` runs ahead of each replay and is
-// not timed; the first replay is not either.
-inline double graph_us(cudaStream_t stream, int replays, const std::function<void()>& before,
-                       const std::function<void()>& work) {
-  before();
-  work();  // loads the kernels, which a capture may not
-  CUDA_OK(cudaStreamSynchronize(stream));
-  const Graph graph(stream, work);
+// The median of the replays by `launch`, in us.  `before` runs ahead of each replay and is not
+// timed; the first replay is not either.
+inline double replay_us(cudaStream_t stream, int replays, const std::function<void()>& before,
+                        const std::function<void()>& launch) {
   cudaEvent_t from, to;
   CUDA_OK(cudaEventCreate(&from));
   CUDA_OK(cudaEventCreate(&to));
@@ -196,7 +192,7 @@ inline double graph_us(cudaStream_t stream, int replays, const std::function<voi
   for (int i = 0; i <= replays; ++i) {
     before();
     CUDA_OK(cudaEventRecord(from, stream));
-    graph.launch();
+    launch();
     CUDA_OK(cudaEventRecord(to, stream));
     CUDA_OK(cudaStreamSynchronize(stream));
     float ms = 0;
@@ -207,6 +203,16 @@ inline double graph_us(cudaStream_t stream, int replays, const std::function<voi
   CUDA_OK(cudaEventDestroy(to));
   std::sort(times.begin(), times.end());
   return 1e3 * times[times.size() / 2];
+}
+
+// The same of `work` as a graph.
+inline double graph_us(cudaStream_t stream, int replays, const std::function<void()>& before,
+                       const std::function<void()>& work) {
+  before();
+  work();  // loads the kernels, which a capture may not
+  CUDA_OK(cudaStreamSynchronize(stream));
+  const Graph graph(stream, work);
+  return replay_us(stream, replays, before, [&] { graph.launch(); });
 }
 
 static __global__ void empty_kernel() {}

@@ -343,24 +343,7 @@ class Node {
 
 // The median, in us, of a graph after a flush.
 double us_of(const Bench& bench, int replays, const std::function<void()>& launch) {
-  cudaEvent_t from, to;
-  CUDA_OK(cudaEventCreate(&from));
-  CUDA_OK(cudaEventCreate(&to));
-  std::vector<float> times;
-  for (int i = 0; i <= replays; ++i) {
-    bench.flush_by_write();
-    CUDA_OK(cudaEventRecord(from, bench.stream));
-    launch();
-    CUDA_OK(cudaEventRecord(to, bench.stream));
-    CUDA_OK(cudaStreamSynchronize(bench.stream));
-    float ms = 0;
-    CUDA_OK(cudaEventElapsedTime(&ms, from, to));
-    if (i > 0) times.push_back(ms);
-  }
-  CUDA_OK(cudaEventDestroy(from));
-  CUDA_OK(cudaEventDestroy(to));
-  std::sort(times.begin(), times.end());
-  return 1e3 * times[times.size() / 2];
+  return replay_us(bench.stream, replays, [&] { bench.flush_by_write(); }, launch);
 }
 
 int time() {

@@ -61,7 +61,7 @@ struct LinearProduct {
 
  private:
   __device__ __forceinline__ void release(int slot) const {
-    linear_arrive_warp(linear_shared_at(LinearSmem::kEmpty) + 8 * slot);
+    mbarrier_arrive_warp(linear_shared_at(LinearSmem::kEmpty) + 8 * slot);
   }
 
   __device__ __forceinline__ void multiply_all(float (&d)[kSize], LinearRing& r) const {
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(linear_bound_threads(kTokens), linear_ctas_of_
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.cfg.stages; ++i) {
       mbarrier_init(linear_shared_at(S::kFull) + 8 * i, 1);
-      mbarrier_init(linear_shared_at(S::kEmpty) + 8 * i, Product::kWarps);
+      mbarrier_init(linear_shared_at(S::kEmpty) + 8 * i, Product::kWarps * kWarpArrivals);
     }
     mbarrier_init(linear_shared_at(S::kPeerFull), 1);
     mbarrier_init(linear_shared_at(S::kPeerFree), 4 * kRowTiles);

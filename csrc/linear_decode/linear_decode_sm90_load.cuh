@@ -67,11 +67,6 @@ struct LinearWork {
   }
 };
 
-__device__ __forceinline__ void linear_arrive_warp(std::uint32_t bar) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(bar);
-}
-
 // ---- loads: one thread
 
 struct LinearLoader {

@@ -5,9 +5,27 @@
 #include <vector>
 
 #include "common/torch_check.h"
+#include "common/torch_mm.h"
 #include "linear_decode/linear_decode.h"
 
 namespace zebra {
+
+// W h by ATen, [rows, outputs] or gate and up side by side: y itself where nothing follows.
+inline Tensor linear_decode_products(const LinearDecodeParams& p, const Tensor& h,
+                                     const Tensor& weight, const OptTensor& up_weight,
+                                     const Tensor& y) {
+  Tensor products = y;
+  if (p.swiglu || p.bias != nullptr || p.residual != nullptr)
+    products = torch::stable::new_empty(h, {p.rows, p.swiglu ? 2 * p.outputs : p.outputs});
+  if (up_weight) {
+    matmul_into(h, transposed(weight), torch::stable::narrow(products, 1, 0, p.outputs));
+    matmul_into(h, transposed(*up_weight),
+                torch::stable::narrow(products, 1, p.outputs, p.outputs));
+  } else {
+    matmul_into(h, transposed(weight), products);
+  }
+  return products;
+}
 
 // `launch(params, x, y)` fills y [rows, outputs] from x [rows, K] of a non-empty call.
 template <typename Launch>

@@ -1,6 +1,5 @@
 #include <torch/csrc/stable/library.h>
 
-#include "common/torch_mm.h"
 #include "linear_decode/linear_decode_torch.h"
 
 namespace zebra {
@@ -44,20 +43,9 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
       h = torch::stable::new_empty(rows, {p.rows, p.K});
       linear_decode_norm_cpu({p, h.data_ptr(), nullptr});
     }
-    if (!p.swiglu && p.bias == nullptr && p.residual == nullptr) {
-      matmul_into(h, transposed(weight), y);
-      return Status{};
-    }
-    Tensor products =
-        torch::stable::new_empty(rows, {p.rows, p.swiglu ? 2 * p.outputs : p.outputs});
-    if (up_weight) {
-      matmul_into(h, transposed(weight), torch::stable::narrow(products, 1, 0, p.outputs));
-      matmul_into(h, transposed(*up_weight),
-                  torch::stable::narrow(products, 1, p.outputs, p.outputs));
-    } else {
-      matmul_into(h, transposed(weight), products);
-    }
-    linear_decode_epilogue_cpu({p, nullptr, products.data_ptr()});
+    const Tensor products = linear_decode_products(p, h, weight, up_weight, y);
+    if (products.data_ptr() != y.data_ptr())
+      linear_decode_epilogue_cpu({p, nullptr, products.data_ptr()});
     return Status{};
   };
   return linear_decode_torch(x, weight, norm_weight, bias, residual, activation, norm_eps,

@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/torch_mm.h"
 #include "linear_decode/linear_decode_sm90_config.h"
 #include "linear_decode/linear_decode_torch.h"
 #include "rms_norm/rms_norm.h"
@@ -35,16 +34,7 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
                         scope.stream());
       if (s.error != nullptr) return s;
     }
-    Tensor products = y;
-    if (p.swiglu || p.bias != nullptr || p.residual != nullptr)
-      products = torch::stable::new_empty(rows, {p.rows, p.swiglu ? 2 * p.outputs : p.outputs});
-    if (up_weight) {
-      matmul_into(h, transposed(weight), torch::stable::narrow(products, 1, 0, p.outputs));
-      matmul_into(h, transposed(*up_weight),
-                  torch::stable::narrow(products, 1, p.outputs, p.outputs));
-    } else {
-      matmul_into(h, transposed(weight), products);
-    }
+    const Tensor products = linear_decode_products(p, h, weight, up_weight, y);
     if (products.data_ptr() == y.data_ptr()) return Status{};
     return linear_decode_epilogue_cuda({p, nullptr, products.data_ptr()}, scope.stream());
   };

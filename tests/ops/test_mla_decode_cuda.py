@@ -14,6 +14,16 @@ def latent(H, R, E, lengths, dtype, tokens=1, page=64):
     return make((H, 1, 0, E, R, R), lengths, dtype, "cuda", tokens, page, latent=True)
 
 
+def assert_independent_of_the_batch(args, split):
+    """Every sequence alone gives, bit for bit, what it gives in the batch; returns the latter."""
+    want = ops.mla_decode(**args, split_size=split)
+    for b in range(args["q"].size(0)):
+        rows = {k: args[k][b : b + 1] for k in ("q", "block_table", "seq_lens")}
+        got = ops.mla_decode(**args | rows, split_size=split)
+        assert all(torch.equal(a, w[b : b + 1]) for a, w in zip(got, want, strict=True))
+    return want
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("portable", ["0", "1"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -52,11 +62,7 @@ def test_uneven_batches_match_reference(page):
 @pytest.mark.parametrize("split", [1, 256])
 def test_split_size_makes_results_independent_of_the_batch(page, split):
     args = latent(32, 160, 64, [900, 3, 0, 1500], torch.bfloat16, 2, page)
-    want = ops.mla_decode(**args, split_size=split)
-    for b in range(4):
-        rows = {k: args[k][b : b + 1] for k in ("q", "block_table", "seq_lens")}
-        got = ops.mla_decode(**args | rows, split_size=split)
-        assert all(torch.equal(a, w[b : b + 1]) for a, w in zip(got, want, strict=True))
+    want = assert_independent_of_the_batch(args, split)
     whole = ops.mla_decode(**args)
     assert all(relative_error(a, b) < 4e-3 for a, b in zip(whole, want, strict=True))
 
@@ -122,21 +128,13 @@ def test_weighted_queries_with_many_rows_match_reference(dims, batch):
 @pytest.mark.gpu
 def test_split_size_makes_results_with_wide_latents_independent_of_the_batch():
     args = latent(128, 512, 64, [900, 3, 0, 1500], torch.bfloat16)
-    want = ops.mla_decode(**args, split_size=256)
-    for b in range(4):
-        rows = {k: args[k][b : b + 1] for k in ("q", "block_table", "seq_lens")}
-        got = ops.mla_decode(**args | rows, split_size=256)
-        assert all(torch.equal(a, w[b : b + 1]) for a, w in zip(got, want, strict=True))
+    assert_independent_of_the_batch(args, 256)
 
 
 @pytest.mark.gpu
 def test_split_size_makes_weighted_results_independent_of_the_batch():
     args = make(WEIGHTED[2], [900, 3, 0, 1500], torch.bfloat16, "cuda", 2, 64)
-    want = ops.mla_decode(**args, split_size=256)
-    for b in range(4):
-        rows = {k: args[k][b : b + 1] for k in ("q", "block_table", "seq_lens")}
-        got = ops.mla_decode(**args | rows, split_size=256)
-        assert all(torch.equal(a, w[b : b + 1]) for a, w in zip(got, want, strict=True))
+    assert_independent_of_the_batch(args, 256)
 
 
 @pytest.mark.gpu
