@@ -162,23 +162,13 @@ template <typename T, typename Gain>
 Status start_norm(const LinearDecodeParams& p, cudaStream_t stream) {
   const auto kernel = linear_decode_norm_kernel<T, Gain>;
   // The carve-out of the products: other ones cannot share a multiprocessor with them.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                           cudaSharedmemCarveoutMaxShared);
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(p.rows));
-  config.blockDim = dim3(kLinearNormThreads);
-  config.dynamicSmemBytes = kLinearNormSmemBytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(p.x), p.x_stride,
-                             static_cast<const Gain*>(p.norm_weight), static_cast<T*>(p.h),
-                             static_cast<int>(p.K), static_cast<float>(p.norm_eps));
-  return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.rows)), dim3(kLinearNormThreads),
+                          kLinearNormSmemBytes, stream, static_cast<const T*>(p.x), p.x_stride,
+                          static_cast<const Gain*>(p.norm_weight), static_cast<T*>(p.h),
+                          static_cast<int>(p.K), static_cast<float>(p.norm_eps));
 }
 
 template <typename T>

@@ -32,22 +32,13 @@ inline MlaWeightConfig mla_weight_config(const MlaDecodeParams& p) {
 template <typename... Args>
 Status mla_launch_after(void (*kernel)(Args...), dim3 grid, int threads, int smem,
                         cudaStream_t stream, const Args&... args) {
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = grid;
-  launch.blockDim = dim3(static_cast<unsigned>(threads));
-  launch.dynamicSmemBytes = static_cast<std::size_t>(smem);
-  launch.stream = stream;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  launch.attrs = &early;
-  launch.numAttrs = mla_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
   // The split of L1 that the attention kernel has: another one waits until a multiprocessor is
   // empty.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                           cudaSharedmemCarveoutMaxShared);
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch, kernel, args...);
-  return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  return launch_dependent(kernel, grid, dim3(static_cast<unsigned>(threads)),
+                          static_cast<std::size_t>(smem), stream, args...);
 }
 
 inline bool mla_is_captured(cudaStream_t stream) {
