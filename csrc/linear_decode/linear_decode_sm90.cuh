@@ -45,6 +45,10 @@ struct LinearProduct {
       for (int i = 0; i < kSize; ++i) d[i] = 0.f;
       if (a.cfg.cluster == 2 && warp == 0 && lane == 0)
         mbarrier_expect(linear_shared_at(LinearSmem::kPeerFull), kSize / 2 * 4 * kFinishing);
+      const Outputs out = outputs_of(work.first_unit + u);
+      Aside aside;
+      // Under way while the products are made.
+      if (!a.cfg.projects) read_residual(aside, first_token(), out);
       wgmma_fence(d);
       multiply_all(d, r);
       if constexpr (kTokens >= 64) {
@@ -53,13 +57,50 @@ struct LinearProduct {
           if (part == 0) exchange(d, u);
         }
       }
-      finish(d, work.first_unit + u);
+      finish(d, out, aside);
       if constexpr (kTokens >= 64)
         if (a.cfg.cluster == 2 && part == 0 && u + 1 < work.units) tell_peer(LinearSmem::kPeerFree);
     }
   }
 
  private:
+  // Those of a unit: of the second weight, the first one, and how many.
+  struct Outputs {
+    bool second;
+    std::int64_t first;
+    int count;
+  };
+  __device__ __forceinline__ Outputs outputs_of(int unit) const {
+    const bool second = unit >= a.cfg.first_units;
+    const std::int64_t first =
+        (unit - (second ? a.cfg.first_units : 0)) * static_cast<std::int64_t>(a.cfg.unit);
+    const std::int64_t left = (second ? a.also.outputs : a.p.outputs) - first;
+    return {second, first, left < a.cfg.unit ? static_cast<int>(left) : a.cfg.unit};
+  }
+
+  // What a lane needs of memory for its outputs of the staged tokens: the residual, as it lies
+  // there, or cosines and sines.
+  struct Aside {
+    std::uint32_t of[kOwnTokens][kOwnOutputs];
+
+    // The next token's: a loop over registers that is not unrolled.
+    __device__ __forceinline__ void advance() {
+#pragma unroll
+      for (int i = 0; i + 1 < kOwnTokens; ++i)
+#pragma unroll
+        for (int k = 0; k < kOwnOutputs; ++k) of[i][k] = of[i + 1][k];
+    }
+  };
+
+  // The tokens that this CTA finishes.
+  __device__ __forceinline__ int first_token() const {
+    return a.cfg.cluster == 2 ? work.rank * (kTokens / 2) : 0;
+  }
+  __device__ __forceinline__ int past_token() const {
+    const int past = a.cfg.cluster == 2 ? (work.rank + 1) * (kTokens / 2) : kTokens;
+    return past < a.p.rows ? past : static_cast<int>(a.p.rows);
+  }
+
   __device__ __forceinline__ void release(int slot) const {
     mbarrier_arrive_warp(linear_shared_at(LinearSmem::kEmpty) + 8 * slot);
   }
@@ -164,60 +205,56 @@ struct LinearProduct {
   }
 
   // Bias, activation, residual, rounding: through shared memory, so that a warp writes neighbouring
-  // outputs of one token.
-  __device__ __forceinline__ void finish(const float (&d)[kSize], int unit) const {
+  // outputs of one token.  This code runs once or twice and comes from memory: loops stay loops.
+  __device__ __forceinline__ void finish(const float (&d)[kSize], const Outputs& out,
+                                         Aside& aside) const {
     const LinearDecodeSm90Config& c = a.cfg;
-    const LinearDecodeParams& p = a.p;
-    const bool second = unit >= c.first_units;
-    const std::int64_t first =
-        (unit - (second ? c.first_units : 0)) * static_cast<std::int64_t>(c.unit);
-    float* const staging = reinterpret_cast<float*>(linear_shared + c.staging_offset);
-    const bool has_sums = part == 0 || c.cluster == 1;
-    const int row = 64 * tile + 16 * (warp % 4) + lane / 4, column = lane % 4 * 2;
-    const std::int64_t left = (second ? a.also.outputs : p.outputs) - first;
-    const int outputs = left < c.unit ? static_cast<int>(left) : c.unit;
-    const int slice[2] = {slice_of(0), slice_of(1)};
+    const float* const staging = reinterpret_cast<const float*>(linear_shared + c.staging_offset);
     if (c.projects) mbarrier_wait(linear_shared_at(LinearSmem::kLookedUp), 0);
-    const LinearTurn<T, kRowTiles> turn(a, second, first, outputs);
-    float read[kOwnTokens][kOwnOutputs];  // residual, or cosines and sines
+    const LinearTurn<T, kRowTiles> turn(a, out.second, out.first, out.count);
+    const int past = past_token();
+#pragma unroll 1
+    for (int from = first_token(); from < past; from += kStaged) {
+      if (c.projects) look_up(aside, from, past, turn);
 #pragma unroll
-    for (int from = 0; from < kTokens; from += kStaged) {
-      if (c.cluster == 2 && from / (kTokens / 2) != work.rank) continue;
-      if (from >= p.rows) break;
-      // All that is to be read, before anything is written: one latency.
-#pragma unroll
-      for (int i = 0; i < kOwnTokens; ++i) {
-        const int token = from + warp + i * kWarps;
-        if (token >= p.rows) continue;
+      for (int i = 0; i < kTokens; i += kStaged)
+        if (i == from) stage(d, i);
+      named_barrier(1, kThreads);
+#pragma unroll 1
+      for (int t = warp; t < kStaged && from + t < past; t += kWarps, aside.advance()) {
+        const float* const sums = staging + t * kPitch;
         if (c.projects)
-          turn.look_up(read[i], token);
-        else if (p.residual != nullptr)
-          read_residual(read[i], token, first, outputs);
+          turn.write(aside.of[0], from + t, [&](int n) { return pair_of(sums + n); });
+        else
+          write(sums, from + t, out, aside.of[0]);
       }
+      if (from + kStaged >= past) break;
+      if (!c.projects) read_residual(aside, from + kStaged, out);
+      named_barrier(1, kThreads);
+    }
+    named_barrier(1, kThreads);  // the memory serves the next unit
+  }
+
+  // The sums of kStaged tokens in shared memory, outputs side by side.
+  __device__ __forceinline__ void stage(const float (&d)[kSize], int from) const {
+    const LinearDecodeSm90Config& c = a.cfg;
+    if (part == 1 && c.cluster == 2) return;  // merged
+    const int row = 64 * tile + 16 * (warp % 4) + lane / 4, column = lane % 4 * 2;
+    float* const to = reinterpret_cast<float*>(linear_shared + c.staging_offset) +
+                      (part * kStaged + column) * kPitch + row;
 #pragma unroll
-      for (int j = 0; j < kStaged / 8; ++j) {
-        float* const to = staging + (part * kStaged + 8 * j + column) * kPitch + row;
+    for (int half = 0; half < 2; ++half) {
+      const int slice = slice_of(half);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+      for (int s = 0; s < kSlices; ++s) {
+        if (kSlices > 1 && slice != s) continue;
 #pragma unroll
-          for (int s = 0; s < kSlices; ++s) {
-            const int i = (s * kTokens + from) / 2 + 4 * j + 2 * half;
-            if (has_sums && (kSlices == 1 || slice[half] == s))
-              to[8 * half] = d[i], to[kPitch + 8 * half] = d[i + 1];
-          }
+        for (int j = 0; j < kStaged / 8; ++j) {
+          const int i = (s * kTokens + from) / 2 + 4 * j + 2 * half;
+          to[8 * j * kPitch + 8 * half] = d[i];
+          to[(8 * j + 1) * kPitch + 8 * half] = d[i + 1];
         }
       }
-      named_barrier(1, kThreads);
-#pragma unroll
-      for (int i = 0; i < kOwnTokens; ++i) {
-        const int t = warp + i * kWarps;
-        if (from + t >= p.rows) continue;
-        if (c.projects)
-          turn.write(read[i], from + t, [&](int n) { return pair_of(staging + t * kPitch + n); });
-        else
-          write(staging + t * kPitch, from + t, first, outputs, read[i]);
-      }
-      named_barrier(1, kThreads);
     }
   }
 
@@ -238,37 +275,57 @@ struct LinearProduct {
     return v;
   }
 
-  __device__ __forceinline__ void read_residual(float (&v)[kOwnOutputs], int token,
-                                                std::int64_t first, int outputs) const {
-    const T* const from = static_cast<const T*>(a.p.residual) + token * a.p.residual_stride + first;
+  // All of a lane's at once: one latency.
+  __device__ __forceinline__ void read_residual(Aside& aside, int from, const Outputs& out) const {
+    if (a.p.residual == nullptr) return;
+    const int past = past_token();
+    const auto* const rows = static_cast<const unsigned short*>(a.p.residual) + out.first + lane;
 #pragma unroll
-    for (int i = 0; i < kOwnOutputs; ++i)
-      if (lane + 32 * i < outputs) v[i] = to_float(from[lane + 32 * i]);
+    for (int i = 0; i < kOwnTokens; ++i) {
+      const int token = from + warp + i * kWarps;
+      if (token >= past) break;
+      const unsigned short* const row = rows + token * a.p.residual_stride;
+#pragma unroll
+      for (int k = 0; k < kOwnOutputs; ++k)
+        if (lane + 32 * k < out.count) aside.of[i][k] = row[32 * k];
+    }
   }
 
-  __device__ __forceinline__ void write(const float* sums, int token, std::int64_t first,
-                                        int outputs, const float (&residual)[kOwnOutputs]) const {
+  __device__ __forceinline__ void look_up(Aside& aside, int from, int past,
+                                          const LinearTurn<T, kRowTiles>& turn) const {
+#pragma unroll
+    for (int i = 0; i < kOwnTokens; ++i) {
+      const int token = from + warp + i * kWarps;
+      if (token < past) turn.look_up(aside.of[i], token);
+    }
+  }
+
+  __device__ __forceinline__ void write(const float* sums, int token, const Outputs& out,
+                                        const std::uint32_t (&residual)[kOwnOutputs]) const {
     const LinearDecodeParams& p = a.p;
     const T* const bias = static_cast<const T*>(p.bias);
-    T* const y = static_cast<T*>(p.y) + token * p.outputs + first;
+    T* const y = static_cast<T*>(p.y) + token * p.outputs + out.first;
     const bool in_parts = kParts == 2 && a.cfg.cluster == 1;
 #pragma unroll
     for (int i = 0; i < kOwnOutputs; ++i) {
       const int n = lane + 32 * i;
-      if (n >= outputs) continue;
+      if (n >= out.count) continue;
       float v = 0.f;
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
         const float* const from = sums + s * (a.cfg.weight_box / 128) + n;
         v += in_parts ? from[0] + from[kStaged * kPitch] : from[0];
       }
-      if (bias != nullptr) v += to_float(bias[first + n]);
+      if (bias != nullptr) v += to_float(bias[out.first + n]);
       if (p.swiglu) {
         float up = sums[64 + n];
-        if (bias != nullptr) up += to_float(bias[p.outputs + first + n]);
+        if (bias != nullptr) up += to_float(bias[p.outputs + out.first + n]);
         v *= sigmoidf(v) * up;
       }
-      if (p.residual != nullptr) v += residual[i];
+      if (p.residual != nullptr) {
+        const auto bits = static_cast<unsigned short>(residual[i]);
+        v += to_float(reinterpret_cast<const T&>(bits));
+      }
       y[n] = from_float<T>(v);
     }
   }

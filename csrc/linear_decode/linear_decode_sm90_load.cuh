@@ -67,7 +67,7 @@ struct LinearWork {
   }
 };
 
-// ---- loads: one thread
+// ---- loads: one thread; loops stay loops, because code that runs once comes from memory
 
 struct LinearLoader {
   const LinearArgs& a;
@@ -100,6 +100,7 @@ struct LinearLoader {
       tma_prefetch_4d(map_of(at), 0, output_of(at), 0, at.k / kLinearBox);
       return;
     }
+#pragma unroll 1
     for (int b = 0; b < a.cfg.boxes; ++b)
       tma_prefetch_3d(map_of(at), at.k + b * kLinearBox, output_of(at), 0);
   }
@@ -113,6 +114,7 @@ struct LinearLoader {
       tma_load_4d(to, map_of(at), full, 0, output_of(at), 0, at.k / kLinearBox);
       return;
     }
+#pragma unroll 1
     for (int b = 0; b < c.boxes; ++b)
       tma_load_3d(to + b * c.weight_box, map_of(at), full, at.k + b * kLinearBox, output_of(at), 0);
   }
@@ -126,6 +128,7 @@ struct LinearLoader {
       tma_load_3d(to, &a.x, full, 0, 0, at.k / kLinearBox);
       return;
     }
+#pragma unroll 1
     for (int b = 0; b < c.boxes; ++b)
       tma_load_2d(to + b * c.x_box, &a.x, full, at.k + b * kLinearBox, 0);
   }
@@ -133,6 +136,7 @@ struct LinearLoader {
   __device__ __forceinline__ void walk() const {
     const int all = work.units * work.steps, ahead = min(all, a.cfg.stages);
     Place at = first();
+#pragma unroll 1
     for (int i = 0; i < ahead; ++i, advance(at)) {
       if (a.early == Early::kIntoL2) prefetch(at);
       if (a.early == Early::kIntoShared) load_weight(at, i);
@@ -141,11 +145,13 @@ struct LinearLoader {
     grid_dependency_wait();
     fence_async_proxy_global();
     at = first();
+#pragma unroll 1
     for (int i = 0; i < ahead; ++i, advance(at)) {
       if (a.early != Early::kIntoShared) load_weight(at, i);
       load_x(at, i);
     }
     LinearRing r;
+#pragma unroll 1
     for (int i = ahead; i < all; ++i, advance(at)) {
       mbarrier_wait(linear_shared_at(LinearSmem::kEmpty) + 8 * r.slot, r.phase);
       load_weight(at, r.slot);

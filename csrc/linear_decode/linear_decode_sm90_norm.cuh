@@ -45,7 +45,8 @@ struct LinearNorm {
   const int units = a.cfg.steps * a.cfg.boxes * 8;  // of 8 elements, in a row of h
   const int rows = static_cast<int>(a.p.rows), K = static_cast<int>(a.p.K);
 
-  // A thread has the same units in every pass, so only the sums of squares need a barrier.
+  // A thread has the same units in every pass, so only the sums of squares need a barrier.  Loops
+  // over units stay loops: code that runs once comes from memory.
   __device__ __forceinline__ void run() const {
     const bool is_float = a.p.norm_weight_dtype == DType::kFloat32;
     // As the weight, before the preceding kernels have ended.
@@ -69,13 +70,16 @@ struct LinearNorm {
 
   __device__ __forceinline__ void request_gain(int bytes) const {
     const char* const gain = static_cast<const char*>(a.p.norm_weight);
+#pragma unroll 1
     for (int u = thread; u < K / 8; u += kThreads)
+#pragma unroll 1
       for (int i = 8 * bytes * u; i < 8 * bytes * (u + 1); i += 16)
         cp_async_16(linear_shared_at(a.cfg.gain_offset + i), gain + i, true);
   }
   // Zeros behind K: what lies there is multiplied by the zeros of W.
   __device__ __forceinline__ void request_x() const {
     const T* const x = static_cast<const T*>(a.p.x);
+#pragma unroll 1
     for (int u = thread; u < units; u += kThreads)
 #pragma unroll
       for (int row = 0; row < kRows; ++row)
@@ -85,6 +89,7 @@ struct LinearNorm {
 
   __device__ __forceinline__ void find_scales(float (&scale)[kRows]) const {
     float squares[kRows] = {};
+#pragma unroll 1
     for (int u = thread; u < K / 8; u += kThreads)
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
@@ -115,6 +120,7 @@ struct LinearNorm {
   template <typename Gain>
   __device__ __forceinline__ void apply(const float (&scale)[kRows]) const {
     const Gain* const gain = reinterpret_cast<const Gain*>(linear_shared + a.cfg.gain_offset);
+#pragma unroll 1
     for (int u = thread; u < K / 8; u += kThreads) {
       float g[8];
       load_gain(gain + 8 * u, g);

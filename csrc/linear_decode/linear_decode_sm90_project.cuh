@@ -90,21 +90,21 @@ struct LinearTurn {
   }
 
   // The cosine and the sine of every pair.
-  __device__ __forceinline__ void look_up(float (&turn)[2 * kRowTiles], int token) const {
+  __device__ __forceinline__ void look_up(std::uint32_t (&turn)[2 * kRowTiles], int token) const {
     const RopeTable& rope = a.also.rope;
     const std::int64_t position = linear_tokens(a)[token].position;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       if (angle[i] < 0) continue;
       const std::int64_t at = position * (rope.E / 2) + angle[i];
-      turn[2 * i] = position < 0 ? __int_as_float(0x7fc00000) : rope.cos[at];
-      turn[2 * i + 1] = position < 0 ? 0.f : rope.sin[at];
+      turn[2 * i] = position < 0 ? 0x7fc00000u : __float_as_uint(rope.cos[at]);
+      turn[2 * i + 1] = position < 0 ? 0u : __float_as_uint(rope.sin[at]);
     }
   }
 
   // `sum(n)`: the products n and n + 1 of the token.
   template <typename Sum>
-  __device__ __forceinline__ void write(const float (&turn)[2 * kRowTiles], int token,
+  __device__ __forceinline__ void write(const std::uint32_t (&turn)[2 * kRowTiles], int token,
                                         const Sum& sum) const {
     const LinearProjection& q = a.also;
     const std::int64_t row = second ? linear_tokens(a)[token].row : -1;
@@ -117,7 +117,7 @@ struct LinearTurn {
       if (n >= outputs) continue;
       float2 v = sum(n);
       if (angle[i] >= 0) {
-        const float cos = turn[2 * i], sin = turn[2 * i + 1];
+        const float cos = __uint_as_float(turn[2 * i]), sin = __uint_as_float(turn[2 * i + 1]);
         v = make_float2(v.x * cos - v.y * sin, v.x * sin + v.y * cos);
       }
       const Pair rounded = LinearPair<T>::round(v);
