@@ -20,7 +20,7 @@ ARCHS = {"sm_80", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"}
 FAST_PATH = {
     "sm_90": {
         "rms_norm_fwd_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
-        "rms_norm_bwd_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
+        "rms_norm_bwd_kernel": (r"LDGSTS\.E\.BYPASS\.128", r"STG\.E\.128"),
         "linear_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
         "mla_attention_keys_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "mla_attention_key_gradients_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),

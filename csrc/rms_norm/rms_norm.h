@@ -44,7 +44,7 @@ struct RmsNormBackwardParams {
 // depends on shapes only, so results do not depend on the number of threads or multiprocessors.
 constexpr std::int64_t kRmsNormCpuPartials = 32;
 constexpr std::int64_t rms_norm_backward_ctas(std::int64_t rows) {  // the same of the CUDA kernel
-  return rows < 1 ? 1 : (rows < 528 ? rows : 528);
+  return rows < 1 ? 1 : (rows < 256 ? rows : 256);
 }
 
 Status rms_norm_cuda(const RmsNormParams& p, CUstream_st* stream);

@@ -28,4 +28,28 @@ constexpr RmsNormConfig select_rms_norm_config(std::int64_t dim, int element_byt
   return {512, vec, 0};
 }
 
+// Vectors of one tensor that a backward thread has under way: one or more rows of its own vectors.
+constexpr int kRmsNormRingVecs = 4;
+constexpr int kRmsNormMostSmemBytes = 99 * 1024;  // of a CTA on every GPU since sm_80
+
+struct RmsNormBackwardConfig {
+  int threads;          // along a row, whole warps
+  int rows;             // side by side in a CTA
+  int vec;              // elements of one 16-byte access
+  int vecs_per_thread;  // accesses of one thread over a row; 0: the row is walked twice
+  int smem_bytes;       // the ring
+};
+
+// CTAs of some 256 threads where rows allow it: two fit on every multiprocessor.
+constexpr RmsNormBackwardConfig select_rms_norm_backward_config(std::int64_t dim, int element_bytes,
+                                                                bool aligned, bool has_dsum) {
+  const int vec = aligned ? 16 / element_bytes : 1;
+  const std::int64_t vecs = ceil_div<std::int64_t>(dim, vec);
+  if (!aligned || vecs > 2048) return {512, 1, vec, 0, 0};
+  const int per_thread = vecs <= 32 ? 1 : vecs <= 640 ? 2 : 4;
+  const int threads = round_up(ceil_div(static_cast<int>(vecs), per_thread), 32);
+  const int rows = threads < 256 ? 256 / threads : 1;
+  return {threads, rows, vec, per_thread, rows * threads * kRmsNormRingVecs * (has_dsum ? 48 : 32)};
+}
+
 }  // namespace zebra

@@ -52,7 +52,33 @@ void rms_norm_tiles_cover_a_row() {
                "dim %ld wastes threads", static_cast<long>(dim));
       }
   static_assert(zebra::rms_norm_backward_ctas(0) == 1, "a launch needs a CTA");
-  static_assert(zebra::rms_norm_backward_ctas(1 << 20) == 528, "bounded partials");
+  static_assert(zebra::rms_norm_backward_ctas(1 << 20) == 256, "bounded partials");
+}
+
+void rms_norm_backward_tiles_cover_a_row() {
+  for (std::int64_t dim = 1; dim <= 70000; dim += dim < 600 ? 1 : 8)
+    for (const int bytes : {2, 4})
+      for (const bool aligned : {false, true})
+        for (const bool has_dsum : {false, true}) {
+          const int vec = aligned ? 16 / bytes : 1;
+          if (dim % vec != 0) continue;
+          const zebra::RmsNormBackwardConfig c =
+              zebra::select_rms_norm_backward_config(dim, bytes, aligned, has_dsum);
+          const long n = static_cast<long>(dim);
+          const int threads = c.threads * c.rows;
+          EXPECT(c.vec == vec && c.threads % 32 == 0 && threads <= 512, "dim %ld", n);
+          EXPECT(c.vecs_per_thread != 0 || !aligned || dim > 8 * 1024, "dim %ld walks", n);
+          if (c.vecs_per_thread == 0) continue;
+          const std::int64_t held = std::int64_t{c.threads} * c.vec * c.vecs_per_thread;
+          EXPECT(held >= dim && (c.threads == 32 || held < dim + 32 * c.vec * c.vecs_per_thread),
+                 "dim %ld wastes threads", n);
+          // The kernels' launch bounds; rstd and sums lie beside the ring.
+          EXPECT(c.vecs_per_thread == 4 || threads <= 320, "dim %ld", n);
+          EXPECT(c.rows == 1 || threads <= 256, "dim %ld", n);
+          EXPECT(c.smem_bytes + 512 <= zebra::kRmsNormMostSmemBytes, "dim %ld", n);
+          EXPECT(c.smem_bytes == threads * zebra::kRmsNormRingVecs * 16 * (has_dsum ? 3 : 2),
+                 "dim %ld", n);
+        }
 }
 
 constexpr zebra::SsdMachine kH200 = {132, 4250};
@@ -379,6 +405,7 @@ int main() {
   mla_decode_weight_tiles_fit();
   linear_decode_tiles_fit();
   rms_norm_tiles_cover_a_row();
+  rms_norm_backward_tiles_cover_a_row();
   ssd_scan_tiles_fit();
   std::printf(failures == 0 ? "configs: all promises hold\n" : "configs: %d failures\n", failures);
   return failures == 0 ? 0 : 1;

@@ -67,9 +67,21 @@ def test_rms_norm_reads_views_in_place(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("shape", [(1, 8), (130, 96), (700, 512), (9, 4096), (3, 40000)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 8), (130, 96), (300, 7), (700, 512), (9, 4096), (5, 12288), (3, 20000), (3, 40000)],
+)
 def test_rms_norm_gradients_match_reference(shape, residual, dtype, device):
-    x, w, r = make(shape, dtype, device, residual)
+    check_gradients(*make(shape, dtype, device, residual))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(130, 96), (300, 7), (9, 4096), (5, 12288)])
+def test_rms_norm_gradients_of_a_float32_weight(shape, dtype, device):
+    check_gradients(*make(shape, dtype, device, residual=False, weight_dtype=torch.float32))
+
+
+def check_gradients(x, w, r):
     dy, ds = torch.randn_like(x), torch.randn_like(x)
 
     def gradients(fn, x, w, r, dy, ds):
@@ -84,7 +96,7 @@ def test_rms_norm_gradients_match_reference(shape, residual, dtype, device):
     truth = gradients(reference.rms_norm, *doubles(x, w, r, dy, ds))
     eager = gradients(reference.rms_norm, x, w, r, dy, ds)
     for name, g, t, e in zip(("dx", "dw", "dr"), got, truth, eager, strict=False):
-        assert_close(g, t, e, tolerances.factor("rms_norm.gradient", dtype), name)
+        assert_close(g, t, e, tolerances.factor("rms_norm.gradient", x.dtype), name)
 
 
 def test_rms_norm_passes_gradcheck():
