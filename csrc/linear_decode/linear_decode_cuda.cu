@@ -15,6 +15,7 @@
 #include "common/cuda/launch.h"
 #include "common/cuda/mma.cuh"
 #include "common/cuda/vec.cuh"
+#include "common/sm90/ptx.cuh"
 #include "linear_decode/linear_decode.h"
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
@@ -210,40 +211,49 @@ Status with_tokens(const LinearDecodeParams& p, CUstream_st* stream) {
   return c.tokens == 16 ? with_form<T, 16>(p, c, stream) : with_form<T, 32>(p, c, stream);
 }
 
-// ---- bias, activation, residual of products in memory: a thread a vector
+// ---- bias, activation, residual of products in memory: a thread a vector, all reads at once
+
+constexpr int kEndThreads = 256;
 
 template <typename T, int kVec>
-__global__ void __launch_bounds__(256) linear_decode_epilogue_kernel(const LinearDecodeEnds e) {
+__global__ void __launch_bounds__(kEndThreads)
+    linear_decode_epilogue_kernel(const LinearDecodeEnds e, unsigned ctas_of_row) {
   const LinearDecodeParams& p = e.p;
-  const std::int64_t of_row = p.outputs / kVec;
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  if (i >= p.rows * of_row) return;
-  const std::int64_t row = i / of_row, n = i % of_row * kVec;
-  const auto add = [](const void* from, std::int64_t at, float (&to)[kVec]) {
-    float v[kVec];
-    load_vec<T, kVec>(static_cast<const T*>(from) + at, v);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) to[j] += v[j];
+  const unsigned of_row = blockIdx.x % ctas_of_row;
+  const std::int64_t row = blockIdx.x / ctas_of_row;
+  const std::int64_t n =
+      (static_cast<std::int64_t>(of_row) * kEndThreads + threadIdx.x) * std::int64_t{kVec};
+  sm90::grid_dependency_wait();
+  sm90::grid_launch_dependents();
+  if (n >= p.outputs) return;
+  const auto read = [](const void* from, std::int64_t at, float (&to)[kVec]) {
+    load_vec<T, kVec>(static_cast<const T*>(from) + at, to);
   };
-  float y[kVec] = {}, up[kVec] = {};
+  float y[kVec], up[kVec], residual[kVec] = {}, bias[kVec] = {}, up_bias[kVec] = {};
   const std::int64_t at = row * (p.swiglu ? 2 : 1) * p.outputs + n;
-  add(e.products, at, y);
-  if (p.bias != nullptr) add(p.bias, n, y);
-  if (p.swiglu) {
-    add(e.products, at + p.outputs, up);
-    if (p.bias != nullptr) add(p.bias, p.outputs + n, up);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) y[j] *= sigmoidf(y[j]) * up[j];
+  read(e.products, at, y);
+  if (p.swiglu) read(e.products, at + p.outputs, up);
+  if (p.residual != nullptr) read(p.residual, row * p.residual_stride + n, residual);
+  if (p.bias != nullptr) {
+    read(p.bias, n, bias);
+    if (p.swiglu) read(p.bias, p.outputs + n, up_bias);
   }
-  if (p.residual != nullptr) add(p.residual, row * p.residual_stride + n, y);
+#pragma unroll
+  for (int j = 0; j < kVec; ++j) {
+    y[j] += bias[j];
+    if (p.swiglu) y[j] *= sigmoidf(y[j]) * (up[j] + up_bias[j]);
+    y[j] += residual[j];
+  }
   store_vec<T, kVec>(static_cast<T*>(p.y) + row * p.outputs + n, y);
 }
 
 template <typename T, int kVec>
 Status start_epilogue(const LinearDecodeEnds& e, CUstream_st* stream) {
-  const std::int64_t blocks = ceil_div<std::int64_t>(e.p.rows * (e.p.outputs / kVec), 256);
+  const std::int64_t of_row = ceil_div<std::int64_t>(e.p.outputs, kVec * kEndThreads);
+  const std::int64_t blocks = e.p.rows * of_row;
   if (blocks >= std::int64_t{1} << 31) return {"at most 2^39 outputs"};
-  linear_decode_epilogue_kernel<T, kVec><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(e);
+  linear_decode_epilogue_kernel<T, kVec>
+      <<<static_cast<unsigned>(blocks), kEndThreads, 0, stream>>>(e, static_cast<unsigned>(of_row));
   return launch_status();
 }
 

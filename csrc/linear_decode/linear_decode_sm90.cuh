@@ -30,6 +30,8 @@ struct LinearProduct {
   static constexpr int kPitch = linear_staging_pitch(kRowTiles);
   // Of the staged ones, a warp's tokens and a lane's outputs of each.
   static constexpr int kOwnTokens = kStaged / kWarps, kOwnOutputs = 2 * kRowTiles;
+  // Whether registers are left for a rehearsal.
+  static constexpr bool kRehearses = kTokens != 64 || kRowTiles == 1;
 
   const LinearArgs& a;
   const LinearWork& work;
@@ -37,29 +39,40 @@ struct LinearProduct {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - 4;
   const int tile = kRowTiles == 2 ? warp / 4 : 0, part = kParts == 2 ? warp / 4 : 0;
 
-  __device__ __forceinline__ void walk() const {
+  // `start` waits until x, the residual and y may be touched.  Before it the end of a unit runs
+  // once, without sums and without a store: until W is there, there is nothing else to do, and then
+  // the code that every unit ends with need not be fetched.  Not where a peer may have sent sums to
+  // the same memory.
+  template <typename Start>
+  __device__ __forceinline__ void walk(const Start& start) const {
     LinearRing r;
-    for (int u = 0; u < work.units; ++u) {
+#pragma unroll 1
+    for (int u = kRehearses && a.cfg.cluster == 1 ? -1 : 0; u < work.units; ++u) {
+      const bool is_real = !kRehearses || u >= 0;
       float d[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) d[i] = 0.f;
-      if (a.cfg.cluster == 2 && warp == 0 && lane == 0)
-        mbarrier_expect(linear_shared_at(LinearSmem::kPeerFull), kSize / 2 * 4 * kFinishing);
-      const Outputs out = outputs_of(work.first_unit + u);
+      const Outputs out = outputs_of(work.first_unit + (is_real ? u : 0));
       Aside aside;
-      // Under way while the products are made.
-      if (!a.cfg.projects) read_residual(aside, first_token(), out);
-      wgmma_fence(d);
-      multiply_all(d, r);
-      if constexpr (kTokens >= 64) {
-        if (a.cfg.cluster == 2) {
-          if constexpr (kParts == 2) merge(d);
-          if (part == 0) exchange(d, u);
+      if (is_real) {
+        if (u == 0) start();
+        if (a.cfg.cluster == 2 && warp == 0 && lane == 0)
+          mbarrier_expect(linear_shared_at(LinearSmem::kPeerFull), kSize / 2 * 4 * kFinishing);
+        // Under way while the products are made.
+        if (!a.cfg.projects) read_residual(aside, first_token(), out);
+        wgmma_fence(d);
+        multiply_all(d, r);
+        if constexpr (kTokens >= 64) {
+          if (a.cfg.cluster == 2) {
+            if constexpr (kParts == 2) merge(d);
+            if (part == 0) exchange(d, u);
+          }
         }
       }
-      finish(d, out, aside);
+      finish(d, out, aside, is_real);
       if constexpr (kTokens >= 64)
-        if (a.cfg.cluster == 2 && part == 0 && u + 1 < work.units) tell_peer(LinearSmem::kPeerFree);
+        if (a.cfg.cluster == 2 && part == 0 && is_real && u + 1 < work.units)
+          tell_peer(LinearSmem::kPeerFree);
     }
   }
 
@@ -206,16 +219,19 @@ struct LinearProduct {
 
   // Bias, activation, residual, rounding: through shared memory, so that a warp writes neighbouring
   // outputs of one token.  This code runs once or twice and comes from memory: loops stay loops.
-  __device__ __forceinline__ void finish(const float (&d)[kSize], const Outputs& out,
-                                         Aside& aside) const {
+  __device__ __forceinline__ void finish(const float (&d)[kSize], const Outputs& out, Aside& aside,
+                                         bool is_real) const {
     const LinearDecodeSm90Config& c = a.cfg;
     const float* const staging = reinterpret_cast<const float*>(linear_shared + c.staging_offset);
-    if (c.projects) mbarrier_wait(linear_shared_at(LinearSmem::kLookedUp), 0);
+    if (c.projects && is_real) mbarrier_wait(linear_shared_at(LinearSmem::kLookedUp), 0);
     const LinearTurn<T, kRowTiles> turn(a, out.second, out.first, out.count);
     const int past = past_token();
 #pragma unroll 1
     for (int from = first_token(); from < past; from += kStaged) {
-      if (c.projects) look_up(aside, from, past, turn);
+      if (c.projects && is_real)
+        look_up(aside, from, past, turn);
+      else if (is_real && from > first_token())
+        read_residual(aside, from, out);
 #pragma unroll
       for (int i = 0; i < kTokens; i += kStaged)
         if (i == from) stage(d, i);
@@ -224,12 +240,11 @@ struct LinearProduct {
       for (int t = warp; t < kStaged && from + t < past; t += kWarps, aside.advance()) {
         const float* const sums = staging + t * kPitch;
         if (c.projects)
-          turn.write(aside.of[0], from + t, [&](int n) { return pair_of(sums + n); });
+          turn.write(aside.of[0], from + t, is_real, [&](int n) { return pair_of(sums + n); });
         else
-          write(sums, from + t, out, aside.of[0]);
+          write(sums, from + t, out, aside.of[0], is_real);
       }
-      if (from + kStaged >= past) break;
-      if (!c.projects) read_residual(aside, from + kStaged, out);
+      if (!is_real || from + kStaged >= past) break;
       named_barrier(1, kThreads);
     }
     named_barrier(1, kThreads);  // the memory serves the next unit
@@ -301,7 +316,8 @@ struct LinearProduct {
   }
 
   __device__ __forceinline__ void write(const float* sums, int token, const Outputs& out,
-                                        const std::uint32_t (&residual)[kOwnOutputs]) const {
+                                        const std::uint32_t (&residual)[kOwnOutputs],
+                                        bool is_real) const {
     const LinearDecodeParams& p = a.p;
     const T* const bias = static_cast<const T*>(p.bias);
     T* const y = static_cast<T*>(p.y) + token * p.outputs + out.first;
@@ -326,7 +342,7 @@ struct LinearProduct {
         const auto bits = static_cast<unsigned short>(residual[i]);
         v += to_float(reinterpret_cast<const T&>(bits));
       }
-      y[n] = from_float<T>(v);
+      if (is_real) y[n] = from_float<T>(v);
     }
   }
 };
@@ -360,12 +376,12 @@ __global__ void __launch_bounds__(linear_bound_threads(kTokens), linear_ctas_of_
     if (cluster == 2) cluster_wait();
   } else {
     if (cluster == 2) cluster_wait();
-    bool has_x = false;
-    if constexpr (kTokens == 8) {  // at most as many are normalised here
-      if (a.cfg.norms) LinearNorm<T>{a}.run(), has_x = true;
-    }
-    if (!has_x) grid_dependency_wait();  // the residual, and y
-    Product{a, LinearWork(a)}.walk();
+    Product{a, LinearWork(a)}.walk([&] {
+      if constexpr (kTokens == 8) {  // at most as many are normalised here
+        if (a.cfg.norms) return LinearNorm<T>{a}.run();
+      }
+      grid_dependency_wait();
+    });
   }
 }
 

@@ -32,6 +32,18 @@ constexpr int kLinearMostSlicedColumns = 64;  // of a product: slices times toke
 // a copy of x, whatever it brings.
 constexpr int kLinearStageWeightBytes = 12288;
 
+// Boxes along K in a stage, at least, where the ring still has a few stages: HBM is read faster in
+// runs of 512 bytes of a row than in runs of 128.  With more tokens x takes the room, and with the
+// norm of few h does.
+constexpr int linear_run_boxes(int tokens, bool norms) {
+  return norms || tokens > 64 ? 1 : tokens > 16 ? 2 : 4;
+}
+constexpr int kLinearRunStages = 4;
+
+// Up to 16 tokens, CTAs of more rows than this have units of one product's 64: stages of long runs
+// are then small enough for a ring of many.
+constexpr std::int64_t kLinearTallShare = 96;
+
 // Where at most 4 rows of x are normalised, every CTA does it for itself: all of h lies in its
 // shared memory, whatever the ring brings.  Longer rows would leave the ring too little, and of
 // more rows the work shows more than the launch that they have before this one.
@@ -179,8 +191,9 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
 
   // The outputs in even shares: as many units a cluster as keep a unit within the rows of one
   // product, and units as small as cover all.
-  const int most = c.slices > 1 ? 64 / c.slices : s.swiglu ? 64 : 128;
   const std::int64_t slots = sms / c.cluster < 1 ? 1 : sms / c.cluster;
+  const bool is_tall = c.tokens <= 16 && ceil_div(outputs, slots) > kLinearTallShare;
+  const int most = c.slices > 1 ? 64 / c.slices : s.swiglu || is_tall ? 64 : 128;
   std::int64_t units = ceil_div(ceil_div(outputs, slots), std::int64_t{most});
   while ((c.unit = linear_unit(s, slots * units)) > most) ++units;
   c.units = static_cast<int>(units);
@@ -216,12 +229,14 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   int boxes = tuning.boxes > least ? tuning.boxes : least;
   if (boxes > most_boxes) boxes = most_boxes;
   lay_out_linear_ring(c, s.K, boxes, most_bytes);
-  while (tuning.boxes == 0 && boxes < most_boxes && c.steps > 1 &&
-         boxes * c.weight_box < kLinearStageWeightBytes) {
+  while (tuning.boxes == 0 && boxes < most_boxes && c.steps > 1) {
+    const bool is_small = boxes * c.weight_box < kLinearStageWeightBytes;
+    if (!is_small && boxes >= linear_run_boxes(c.tokens, c.norms)) break;
     const LinearDecodeSm90Config narrow = c;
     boxes *= 2;
     lay_out_linear_ring(c, s.K, boxes, most_bytes);
-    if (c.stages >= 3 || c.stages == ceil_div(c.steps, c.cluster) * c.units) continue;
+    const int enough = is_small ? 3 : kLinearRunStages;
+    if (c.stages >= enough || c.stages == ceil_div(c.steps, c.cluster) * c.units) continue;
     c = narrow;
     break;
   }

@@ -105,7 +105,7 @@ struct LinearTurn {
   // `sum(n)`: the products n and n + 1 of the token.
   template <typename Sum>
   __device__ __forceinline__ void write(const std::uint32_t (&turn)[2 * kRowTiles], int token,
-                                        const Sum& sum) const {
+                                        bool is_real, const Sum& sum) const {
     const LinearProjection& q = a.also;
     const std::int64_t row = second ? linear_tokens(a)[token].row : -1;
     T* const y =
@@ -121,6 +121,7 @@ struct LinearTurn {
         v = make_float2(v.x * cos - v.y * sin, v.x * sin + v.y * cos);
       }
       const Pair rounded = LinearPair<T>::round(v);
+      if (!is_real) continue;
       *reinterpret_cast<Pair*>(y + n) = rounded;
       if (row >= 0) *reinterpret_cast<Pair*>(cached + n) = rounded;
     }
