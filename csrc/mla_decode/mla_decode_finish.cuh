@@ -96,7 +96,7 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
       }
     named_barrier(barrier, threads);
     // Four columns each: 8 neighbours share a row's 32, so no bank is met twice and lines go whole.
-    // A short loop: it runs once an item, and fetching its code takes longer than its latencies.
+    // A short loop: it runs once an item, and two of its rounds side by side were no faster.
     const int units = min(parts, kParts - from) * 128;
 #pragma unroll 1
     for (int i = worker * 32 + lane; i < units; i += threads) {

@@ -40,6 +40,11 @@ struct MlaShape {
 
 constexpr int kMlaTableAhead = 512;  // tokens
 
+// Bytes of a CTA's share from which, and up to which, its rows are brought as those that nobody
+// asks for again.  Fewer fit into L2 beside what is there, and with more the L2 has to write back
+// what others left there in any case, which costs more if it is put off.
+constexpr unsigned kMlaLeastOnce = 320 << 10, kMlaMostOnce = 2400 << 10;
+
 // The table in L2 by the time that this or another CTA knows its part of it.  One warp.
 __device__ __forceinline__ void mla_prefetch_table(const MlaArgs& a, int lane) {
   const int line = static_cast<int>(blockIdx.x + lane * gridDim.x);
@@ -105,25 +110,33 @@ struct MlaLoader {
   static __device__ __forceinline__ int valid(const MlaArgs& a, int page) {
     return min(max(page, 0), a.pages - 1);
   }
-  // Starts the TMA of the next stage, which arrives at the barrier `full`, when barrier `empty`
-  // says that its place is free (0: it is).  Rows past the end of the sequence come as they lie in
-  // the page.  One lane.
+  // Starts the TMA of the next stage, which lies in `page` and arrives at the barrier `full`, when
+  // barrier `empty` says that its place is free (0: it is).  Rows past the end of the sequence come
+  // as they lie in the page.  One lane.
   static __device__ __forceinline__ void fetch(const MlaArgs& a, const MlaMaps& maps,
-                                               const MlaWalk& walk, MlaStep& step, unsigned stage,
-                                               unsigned full, unsigned empty, int parity) {
+                                               const MlaWalk& walk, int page, MlaStep& step,
+                                               unsigned stage, unsigned full, unsigned empty,
+                                               int parity, unsigned share_tokens) {
     const bool is_empty = walk.stage >= walk.end;
-    int page = 0, row = 0;  // asked for first: nothing takes longer
-    if (!is_empty) page = MlaLoader::page(a, walk, walk.stage, true), row = a.page.rest(walk.stage);
+    const int row = is_empty ? 0 : a.page.rest(walk.stage);
     if (empty != 0) sm90::mbarrier_poll(empty, parity);
     step.note(a, walk);
     sm90::mbarrier_expect(full, is_empty ? 0 : S::kStageBytes);
     if (is_empty) return;
     page = valid(a, page);
+    const std::uint64_t once = sm90::tma_read_once();
+    constexpr unsigned kRowBytes = S::kWidth * 2;
+    const bool is_once =
+        share_tokens >= kMlaLeastOnce / kRowBytes && share_tokens <= kMlaMostOnce / kRowBytes;
+    const auto load = [&](int offset, const CUtensorMap* map, int column) {
+      if (is_once)
+        sm90::tma_load_3d(stage + offset, map, full, column, row, page, once);
+      else
+        sm90::tma_load_3d(stage + offset, map, full, column, row, page);
+    };
 #pragma unroll
-    for (int tile = 0; tile < S::kTiles; ++tile)
-      sm90::tma_load_3d(stage + tile * S::kTileBytes, &maps.tile, full, tile * 64, row, page);
-    if (S::kHalf)
-      sm90::tma_load_3d(stage + S::kHalfOffset, &maps.half, full, S::kTiles * 64, row, page);
+    for (int tile = 0; tile < S::kTiles; ++tile) load(tile * S::kTileBytes, &maps.tile, tile * 64);
+    if (S::kHalf) load(S::kHalfOffset, &maps.half, S::kTiles * 64);
   }
 
   // Starts the copy of the next stage.  Rows past the end become zeros.
