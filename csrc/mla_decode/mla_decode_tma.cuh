@@ -86,16 +86,17 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
   const MlaShare share = mla_share(a, reinterpret_cast<int*>(smem), length);
 
   if (warp >= kMlaWarps) {
-    const int stream = warp - kMlaWarps;
-    const bool is_producer = threadIdx.x % 32 == 0 && stream < a.streams;
+    // All lanes walk to the first stage: the warp comes to the barrier as one.
+    const int stream = warp - kMlaWarps < a.streams ? warp - kMlaWarps : 0;
     // In shared memory: a producer has few registers.
     MlaShare& kept =
-        *reinterpret_cast<MlaShare*>(smem + kMlaSharesOffset + stream * kMlaShareBytes);
+        *reinterpret_cast<MlaShare*>(smem + kMlaSharesOffset + (warp - kMlaWarps) * kMlaShareBytes);
     kept = share;
-    MlaProducer<S> producer(a, kept, is_producer ? stream : 0);
+    MlaProducer<S> producer(a, kept, stream);
+    __syncwarp();
     __syncthreads();  // the barriers are there
     sm90::registers_decrease<40>();
-    if (!is_producer) return;
+    if (threadIdx.x % 32 != 0 || warp - kMlaWarps >= a.streams) return;
     if (stream == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
     producer.run(maps, smem);
     return;
