@@ -110,33 +110,37 @@ struct MlaLoader {
   static __device__ __forceinline__ int valid(const MlaArgs& a, int page) {
     return min(max(page, 0), a.pages - 1);
   }
-  // Starts the TMA of the next stage, which lies in `page` and arrives at the barrier `full`, when
-  // barrier `empty` says that its place is free (0: it is).  Rows past the end of the sequence come
-  // as they lie in the page.  One lane.
+  // Starts the TMA of the next stage, which arrives at the barrier `full`, when barrier `empty`
+  // says that its place is free (0: it is).  Rows past the end of the sequence come as they lie in
+  // the page.  `share_tokens`: about as many as the CTA brings in all.  One lane.
   static __device__ __forceinline__ void fetch(const MlaArgs& a, const MlaMaps& maps,
-                                               const MlaWalk& walk, int page, MlaStep& step,
-                                               unsigned stage, unsigned full, unsigned empty,
-                                               int parity, unsigned share_tokens) {
+                                               const MlaWalk& walk, MlaStep& step, unsigned stage,
+                                               unsigned full, unsigned empty, int parity,
+                                               unsigned share_tokens) {
     const bool is_empty = walk.stage >= walk.end;
-    const int row = is_empty ? 0 : a.page.rest(walk.stage);
+    int page = 0, row = 0;  // asked for first: nothing takes longer
+    if (!is_empty) page = MlaLoader::page(a, walk, walk.stage, true), row = a.page.rest(walk.stage);
     if (empty != 0) sm90::mbarrier_poll(empty, parity);
     step.note(a, walk);
     sm90::mbarrier_expect(full, is_empty ? 0 : S::kStageBytes);
     if (is_empty) return;
     page = valid(a, page);
-    const std::uint64_t once = sm90::tma_read_once();
     constexpr unsigned kRowBytes = S::kWidth * 2;
     const bool is_once =
         share_tokens >= kMlaLeastOnce / kRowBytes && share_tokens <= kMlaMostOnce / kRowBytes;
-    const auto load = [&](int offset, const CUtensorMap* map, int column) {
-      if (is_once)
-        sm90::tma_load_3d(stage + offset, map, full, column, row, page, once);
-      else
-        sm90::tma_load_3d(stage + offset, map, full, column, row, page);
-    };
+    const auto load_all = [&](auto... policy) {
 #pragma unroll
-    for (int tile = 0; tile < S::kTiles; ++tile) load(tile * S::kTileBytes, &maps.tile, tile * 64);
-    if (S::kHalf) load(S::kHalfOffset, &maps.half, S::kTiles * 64);
+      for (int tile = 0; tile < S::kTiles; ++tile)
+        sm90::tma_load_3d(stage + tile * S::kTileBytes, &maps.tile, full, tile * 64, row, page,
+                          policy...);
+      if (S::kHalf)
+        sm90::tma_load_3d(stage + S::kHalfOffset, &maps.half, full, S::kTiles * 64, row, page,
+                          policy...);
+    };
+    if (is_once)
+      load_all(sm90::tma_read_once());
+    else
+      load_all();
   }
 
   // Starts the copy of the next stage.  Rows past the end become zeros.

@@ -20,48 +20,36 @@ static_assert(kMlaEmptyOffset + 8 * kMlaMostStages <= kMlaStatsOffset,
               "barriers fit before statistics");
 static_assert(kMlaTmaThreads % 128 == 0 && kMlaWarps % 4 == 0, "warpgroups have one purpose");
 
-// Brings the stages of a stream, until the last one, which says that there are no more.  One lane.
+// The stages of a stream, until the last one, which says that there are no more.  One lane.
 template <typename S>
-struct MlaProducer {
-  const MlaArgs& a;
-  const MlaShare& share;
-  const int stream;
+__device__ __forceinline__ void mla_produce(const MlaArgs& a, const MlaMaps& maps,
+                                            const MlaShare& share, int stream,
+                                            unsigned char* smem) {
+  MlaStep* const steps =
+      reinterpret_cast<MlaStep*>(smem + kMlaStepsOffset) + stream * kMlaMostSlots;
+  const unsigned base = smem_addr(smem), first = stream * a.slots;
   MlaWalk walk;
-  int page;  // of the next stage: its entry of the table is on its way a stage ahead
-
-  __device__ __forceinline__ MlaProducer(const MlaArgs& args, const MlaShare& own, int which)
-      : a(args), share(own), stream(which) {
-    walk.begin(a, share);
-    advance();
-  }
-  __device__ __forceinline__ void advance() {
-    MlaLoader<S>::advance(a, share, walk, stream);
-    page = walk.stage < walk.end ? MlaLoader<S>::page(a, walk, walk.stage, true) : 0;
-  }
-  __device__ __forceinline__ void run(const MlaMaps& maps, unsigned char* smem) {
-    MlaStep* const steps =
-        reinterpret_cast<MlaStep*>(smem + kMlaStepsOffset) + stream * kMlaMostSlots;
-    const unsigned base = smem_addr(smem), first = stream * a.slots;
-    int slot = 0, parity = -1;  // of the empty barrier's phase; -1: nobody has the stage yet
-    bool is_unlisted = false;
+  walk.begin(a, share);
+  int slot = 0, parity = -1;  // of the empty barrier's phase; -1: nobody has the stage yet
+  bool is_unlisted = false;
 #pragma unroll 1
-    for (;; advance()) {
-      const unsigned stage = first + slot;
-      MlaLoader<S>::fetch(
-          a, maps, walk, page, steps[slot], base + a.ring_offset + stage * S::kStageBytes,
-          base + 64 + stage * 8, parity < 0 ? 0 : base + kMlaEmptyOffset + stage * 8, parity,
-          static_cast<unsigned>(share.each) * static_cast<unsigned>(a.unit.divisor));
-      if (walk.flags == MlaStep::kStop) return;
-      is_unlisted |= stream == 0 && (walk.flags & MlaStep::kFirst) && walk.token == 0;
-      if (++slot == a.slots) slot = 0, parity = parity < 0 ? 0 : parity ^ 1;
-      // Not between the first stages; the walk is at the item until the piece's last one.
-      if (is_unlisted && (parity >= 0 || (walk.flags & MlaStep::kLast))) {
-        walk.list(a, share);
-        is_unlisted = false;
-      }
+  for (;;) {
+    // Not between the first stages; the walk is at the item until the piece's last one.
+    if (is_unlisted && (parity >= 0 || (walk.flags & MlaStep::kLast))) {
+      walk.list(a, share);
+      is_unlisted = false;
     }
+    MlaLoader<S>::advance(a, share, walk, stream);
+    const unsigned stage = first + slot;
+    MlaLoader<S>::fetch(a, maps, walk, steps[slot], base + a.ring_offset + stage * S::kStageBytes,
+                        base + 64 + stage * 8, parity < 0 ? 0 : base + kMlaEmptyOffset + stage * 8,
+                        parity,
+                        static_cast<unsigned>(share.each) * static_cast<unsigned>(a.unit.divisor));
+    if (walk.flags == MlaStep::kStop) return;
+    is_unlisted |= stream == 0 && (walk.flags & MlaStep::kFirst) && walk.token == 0;
+    if (++slot == a.slots) slot = 0, parity = parity < 0 ? 0 : parity ^ 1;
   }
-};
+}
 
 // Code is written once and before it is needed nothing is computed: a kernel that runs once a layer
 // finds its code in HBM, and a short launch is mostly the time to fetch it.
@@ -84,24 +72,16 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
     mla_prefetch_table(a, lane);
   }
   const MlaShare share = mla_share(a, reinterpret_cast<int*>(smem), length);
+  __syncthreads();  // the barriers are there
 
   if (warp >= kMlaWarps) {
-    // All lanes walk to the first stage: the warp comes to the barrier as one.
-    const int stream = warp - kMlaWarps < a.streams ? warp - kMlaWarps : 0;
-    // In shared memory: a producer has few registers.
-    MlaShare& kept =
-        *reinterpret_cast<MlaShare*>(smem + kMlaSharesOffset + (warp - kMlaWarps) * kMlaShareBytes);
-    kept = share;
-    MlaProducer<S> producer(a, kept, stream);
-    __syncwarp();
-    __syncthreads();  // the barriers are there
     sm90::registers_decrease<40>();
-    if (threadIdx.x % 32 != 0 || warp - kMlaWarps >= a.streams) return;
+    const int stream = warp - kMlaWarps;
+    if (threadIdx.x % 32 != 0 || stream >= a.streams) return;
     if (stream == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
-    producer.run(maps, smem);
+    mla_produce<S>(a, maps, share, stream, smem);
     return;
   }
-  __syncthreads();
   sm90::registers_increase<232>();
   int* const scratch = reinterpret_cast<int*>(smem);
   if (threadIdx.x % 32 == 0) scratch[kMlaWarps + 4] = share.has_empty;  // all warps say the same
