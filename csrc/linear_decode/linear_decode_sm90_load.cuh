@@ -109,16 +109,14 @@ struct LinearLoader {
     const LinearDecodeSm90Config& c = a.cfg;
     const std::uint32_t to = linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes);
     const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;
-    const std::uint64_t once = tma_read_once();
     mbarrier_expect(full, c.stage_bytes);
     if (a.whole) {
-      tma_load_4d(to, map_of(at), full, 0, output_of(at), 0, at.k / kLinearBox, once);
+      tma_load_4d(to, map_of(at), full, 0, output_of(at), 0, at.k / kLinearBox);
       return;
     }
 #pragma unroll 1
     for (int b = 0; b < c.boxes; ++b)
-      tma_load_3d(to + b * c.weight_box, map_of(at), full, at.k + b * kLinearBox, output_of(at), 0,
-                  once);
+      tma_load_3d(to + b * c.weight_box, map_of(at), full, at.k + b * kLinearBox, output_of(at), 0);
   }
   __device__ __forceinline__ void load_x(const Place& at, int slot) const {
     const LinearDecodeSm90Config& c = a.cfg;
