@@ -14,6 +14,9 @@
 //                a unit has more than 64, else every other piece of K.  One warpgroup alone would
 //                decide: products of few tokens take as long to issue as HBM takes to bring their
 //                weight.
+// Long runs      a stage holds 4 boxes along K up to 16 tokens and 2 up to 64, where the ring keeps
+//                4 stages: HBM likes runs of 512 bytes.
+// Rehearsal      the end of a unit runs once without a store while the first weights are under way.
 // Slices         where a share has at most 16 or 32 rows, the 64 rows of a product are those of 4
 //                or 2 pieces of K: a quarter or half of the products, of which the diagonal is
 //                summed.
@@ -40,7 +43,8 @@
 // Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
 //                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 0.3 us more
 //                with at most 4 rows of x, 1.6 us with more.
-// Measured       H200, 2026-11-27: 4096 x 4096 with 1 / 16 / 64 rows 9.4 / 10.1 / 12.7 us a link.
+// Measured       H200, 2026-11-27: 4096 x 4096 with 1 / 16 / 64 rows 9.4 / 10.1 / 12.7 us a link;
+//                H100, 2026-11-28: 11.9 / 12.4 / 14.5.
 //                benchmarks/bench_linear_decode.py --device cuda
 #include "linear_decode/linear_decode_sm90_launch.h"
 
