@@ -15,7 +15,6 @@
 #include "common/cuda/launch.h"
 #include "common/cuda/mma.cuh"
 #include "common/cuda/vec.cuh"
-#include "common/sm90/ptx.cuh"
 #include "linear_decode/linear_decode.h"
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
@@ -223,8 +222,6 @@ __global__ void __launch_bounds__(kEndThreads)
   const std::int64_t row = blockIdx.x / ctas_of_row;
   const std::int64_t n =
       (static_cast<std::int64_t>(of_row) * kEndThreads + threadIdx.x) * std::int64_t{kVec};
-  sm90::grid_dependency_wait();
-  sm90::grid_launch_dependents();
   if (n >= p.outputs) return;
   const auto read = [](const void* from, std::int64_t at, float (&to)[kVec]) {
     load_vec<T, kVec>(static_cast<const T*>(from) + at, to);

@@ -56,11 +56,15 @@ constexpr bool linear_norms_itself(std::int64_t rows, std::int64_t K) {
 constexpr int kLinearRingBesideNormBytes = 73728;
 
 // Where ATen's product is at least as fast, with the norm and the residual in launches of their own
-// (measured over the projections of 1B to 8B models, 1 to 128 rows): from 65 rows on, and of
-// vocabularies always.  Swiglu's two products and their combination stay here.
-constexpr std::int64_t kLinearMostRows = 64, kLinearVocabulary = 32768;
-constexpr bool linear_is_for_aten(std::int64_t rows, std::int64_t outputs, bool swiglu) {
-  return !swiglu && (rows > kLinearMostRows || outputs >= kLinearVocabulary);
+// (measured over the projections of 1B to 8B models, 1 to 128 rows): from 65 rows on, from 33 where
+// nothing is fused and outputs are more than K, and of vocabularies always.  Swiglu's two products
+// and their combination stay here.
+constexpr std::int64_t kLinearMostRows = 64, kLinearMostPlainRows = 32, kLinearVocabulary = 32768;
+constexpr bool linear_is_for_aten(std::int64_t rows, std::int64_t outputs, std::int64_t K,
+                                  bool swiglu, bool is_plain) {
+  const bool is_wide = is_plain && outputs > K;
+  return !swiglu && (rows > (is_wide ? kLinearMostPlainRows : kLinearMostRows) ||
+                     outputs >= kLinearVocabulary);
 }
 
 struct LinearDecodeSm90Shape {

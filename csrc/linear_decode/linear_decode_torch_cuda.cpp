@@ -15,8 +15,9 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
                         const OptTensor& up_weight) {
   const CudaScope scope(x);
   const auto launch = [&](LinearDecodeParams p, const Tensor& rows, const Tensor& y) {
+    const bool is_plain = !norm_weight && !bias && !residual;
     if (p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows &&
-        !linear_is_for_aten(p.rows, p.outputs, p.swiglu)) {
+        !linear_is_for_aten(p.rows, p.outputs, p.K, p.swiglu, is_plain)) {
       Tensor h = rows;
       if (linear_decode_cuda_needs_h(p)) {
         h = torch::stable::new_empty(rows, {p.rows, p.K});
