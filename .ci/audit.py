@@ -26,11 +26,22 @@ FAST_PATH = {
         "mla_attention_key_gradients_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "mla_project_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "mla_project_backward_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
-        "mla_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
+        "mla_decode_kernel": (
+            r"HMMA\.16816\.F32",
+            r"LDSM",
+            r"LDGSTS\.E\.BYPASS\.128",
+            r"STG\.E\.128 desc\[UR\d+\]\[R\d+\.64\], R\d",
+        ),
         "ssd_scan_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
     },
     "sm_90a": {
-        "mla_decode_tma_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"UTMALDG\.3D", r"USETMAXREG"),
+        "mla_decode_tma_kernel": (
+            r"HMMA\.16816\.F32",
+            r"LDSM",
+            r"UTMALDG\.3D",
+            r"USETMAXREG",
+            r"STG\.E\.128 desc\[UR\d+\]\[R\d+\.64\], R\d",
+        ),
         "linear_decode_sm90_kernel": (
             r"HGMMA\.64x16x16\.F32",
             r"UTMALDG\.4D",

@@ -118,7 +118,7 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
       if (first + r >= a.rows) continue;
       const float2 whole = m.merged[group][r];
       if (partial >= 0) {
-        *reinterpret_cast<float4*>(a.sums + (kept + r) * S::kRank + at) = v;
+        st_global_v4(a.sums + (kept + r) * S::kRank + at, v);
         if (at == 0) a.stats[kept + r] = whole;
       } else {
         const float inverse = whole.y == 0.f ? 0.f : __fdividef(1.f, whole.y);

@@ -117,6 +117,7 @@ inline std::uint32_t __float_as_uint(float v) {
 inline void st_shared_v4(std::uint32_t addr, const std::uint32_t (&v)[4]) {
   std::memcpy(smem + addr, v, 16);
 }
+inline void st_global_v4(float* dst, float4 v) { *reinterpret_cast<float4*>(dst) = v; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 template <typename T>
 std::uint32_t pack(float lo, float hi) {

@@ -70,6 +70,13 @@ __device__ __forceinline__ void st_shared_v4(std::uint32_t addr, const std::uint
                : "memory");
 }
 
+// To global memory: of four floats that are results of their own ptxas makes four stores else.
+__device__ __forceinline__ void st_global_v4(float* dst, float4 v) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(dst)),
+               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
 // ---- 8x8 matrices of 16-bit elements [9.7.14.5.15]; lane i gives the address of row i % 8 of
 // matrix i / 8, and lane 4 g + t holds row g, elements 2 t and 2 t + 1, of each (trans: of each
 // transposed).
