@@ -4,9 +4,10 @@
 //                (mamba2_step.h), in two kernels: several heads read the convolution of one group,
 //                whose window may be shifted only once.
 // Grid           convolution: a thread a channel and row; states: a CTA a head and row.
-// Tiles          8 lanes a state row of N, 16 bytes a lane; 4 rows a thread, so that a head of
-//                128 x 128 fp32 is in flight at once in the registers of 256 threads.  kChunks = 0
-//                walks rows of any other N element by element.
+// Tiles          a warp holds 16 neighbouring state rows, 16 bytes a lane: where N is 64 or 128 it
+//                asks for 512 bytes that lie together at a time, and a head of 128 x 128 fp32 is in
+//                flight at once in the registers of 256 threads.  kRowLanes = 0 walks rows of any
+//                other N element by element.
 // Launch         dependent: the states are read while the convolution runs.  Nothing before it in
 //                the stream still runs then, because the convolution lets the next grid start only
 //                after its own wait.
@@ -25,9 +26,9 @@
 namespace zebra {
 namespace {
 
-constexpr int kLanes = 8;          // that share a state row
-constexpr int kRowsPerThread = 4;  // at once
+constexpr int kRowsPerWarp = 16;  // at once
 constexpr int kConvThreads = 128;
+constexpr unsigned kWarp = 0xffffffffu;
 
 // A parameter stored as T or as fp32.
 template <typename T>
@@ -78,7 +79,7 @@ __device__ __forceinline__ Convolved convolved(const Mamba2StepParams& p, std::i
           conv + p.groups * (p.headdim + N) + head * N};
 }
 
-// Advances 16 bytes of a state and returns their part of S C.
+// Advances a piece of a state and returns their part of S C.
 template <typename S, int kVec>
 __device__ __forceinline__ float advance(Vec<S, kVec>& state, float decay, float dx,
                                          const float (&B)[kVec], const float (&C)[kVec]) {
@@ -92,16 +93,44 @@ __device__ __forceinline__ float advance(Vec<S, kVec>& state, float decay, float
   return dot;
 }
 
-template <typename T, typename S, int kChunks>
+// The compiler unpacks a piece of 2-byte numbers behind it, not all pieces ahead.
+template <typename Piece>
+__device__ __forceinline__ void opaque(Piece& piece) {
+  auto& words = reinterpret_cast<unsigned (&)[4]>(piece);
+  asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+}
+
+// Of 2 kValues neighbouring lanes, lanes 2 n and 2 n + 1 get the sum of everybody's v[n].
+template <int kValues>
+__device__ __forceinline__ float sum_of_own(const float (&v)[kValues], int lane) {
+  if constexpr (kValues == 1) {
+    return v[0] + __shfl_xor_sync(kWarp, v[0], 1);
+  } else {
+    constexpr int kHalf = kValues / 2;
+    const bool is_upper = (lane & kValues) != 0;
+    float kept[kHalf];
+#pragma unroll
+    for (int k = 0; k < kHalf; ++k) {
+      const float other = __shfl_xor_sync(kWarp, is_upper ? v[k] : v[k + kHalf], kValues);
+      kept[k] = (is_upper ? v[k + kHalf] : v[k]) + other;
+    }
+    return sum_of_own(kept, lane);
+  }
+}
+
+template <typename T, typename S, int kRowLanes>
 __global__ void __launch_bounds__(256) mamba2_state_kernel(const Mamba2StepParams p) {
   extern __shared__ float smem[];  // [P] outputs, then a float a warp
   constexpr int kVec = 16 / sizeof(S);
-  using Chunk = Vec<S, kVec>;
+  using Piece = Vec<S, kVec>;
+  constexpr int kPieces = kRowLanes == 0 ? 1 : kRowsPerWarp * kRowLanes / 32;
+  constexpr int kTogether =
+      kRowLanes == 0 ? 1 : 32 / kRowLanes;  // rows that a warp asks for at a time
   const int P = static_cast<int>(p.headdim), N = static_cast<int>(p.d_state);
   const int head = static_cast<int>(blockIdx.x % p.heads);
   const std::int64_t row = blockIdx.x / p.heads;
-  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  const int stride = blockDim.x / kLanes, pass = kRowsPerThread * stride;
+  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kRowsPerWarp;
+  const int pass = blockDim.x / 32 * kRowsPerWarp;
   const std::int64_t slot = slot_of(p, row);
   T* const y = static_cast<T*>(p.y) + (row * p.heads + head) * P;
   if (slot < 0 || slot >= p.slots) {
@@ -114,18 +143,18 @@ __global__ void __launch_bounds__(256) mamba2_state_kernel(const Mamba2StepParam
   S* const state = static_cast<S*>(p.ssm_state) + slot * p.ssm_slot_stride +
                    static_cast<std::int64_t>(head) * P * N;
 
-  Chunk held[kRowsPerThread][kChunks == 0 ? 1 : kChunks];
+  // A warp's rows are a run of pieces; piece i of a lane is of the i-th 512 bytes.
+  const auto row_of = [&](int i) {
+    return i * kTogether + (kRowLanes == 0 ? 0 : lane / kRowLanes);
+  };
+  Piece* const pieces = reinterpret_cast<Piece*>(state) + lane;
+  Piece held[kPieces];
   const auto read = [&](int base) {
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      const int r = base + i * stride + first;
-#pragma unroll
-      for (int j = 0; j < kChunks; ++j)
-        if (r < P)
-          held[i][j] = *reinterpret_cast<const Chunk*>(state + r * N + (j * kLanes + lane) * kVec);
-    }
+    for (int i = 0; i < kPieces; ++i)
+      if (kRowLanes > 0 && base + row_of(i) < P) held[i] = pieces[base * kRowLanes + 32 * i];
   };
-  read(0);
+  read(first);
   // All that the convolution does not write: the latency of these hides behind it.
   const T* const z = static_cast<const T*>(p.zxbcdt) + row * p.row_stride + head * P;
   const std::int64_t channels = p.groups * (p.headdim + p.d_state) + p.heads * p.d_state;
@@ -143,41 +172,46 @@ __global__ void __launch_bounds__(256) mamba2_state_kernel(const Mamba2StepParam
   sm90::grid_launch_dependents();
 
   const Convolved h = convolved(p, row, head);
-  float B[kChunks == 0 ? 1 : kChunks][kVec], C[kChunks == 0 ? 1 : kChunks][kVec];
-#pragma unroll
-  for (int j = 0; j < kChunks; ++j)
+  if constexpr (kRowLanes > 0) {
+    const int column = lane % kRowLanes * kVec;
+    float B[kVec], C[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; i += 4) {
-      const int n = (j * kLanes + lane) * kVec + i;
-      *reinterpret_cast<float4*>(&B[j][i]) = *reinterpret_cast<const float4*>(h.B + n);
-      *reinterpret_cast<float4*>(&C[j][i]) = *reinterpret_cast<const float4*>(h.C + n);
+      *reinterpret_cast<float4*>(B + i) = *reinterpret_cast<const float4*>(h.B + column + i);
+      *reinterpret_cast<float4*>(C + i) = *reinterpret_cast<const float4*>(h.C + column + i);
     }
-
-  for (int base = 0; base < P; base += pass) {
-    if (base > 0) read(base);
+    for (int base = first; base < P; base += pass) {
+      if (base > first) read(base);
+      const int mine = base + lane % kRowsPerWarp;
+      const float x = mine < P ? h.x[mine] : 0.f;  // of the row of this number, for all lanes
+      float dots[kPieces];
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      const int r = base + i * stride + first;
-      float dot = 0.f;
-      const float x = r < P ? h.x[r] : 0.f, dx = d * x;
-      if constexpr (kChunks > 0) {
-#pragma unroll
-        for (int j = 0; j < kChunks; ++j)
-          if (r < P) {
-            dot += advance(held[i][j], decay, dx, B[j], C[j]);
-            *reinterpret_cast<Chunk*>(state + r * N + (j * kLanes + lane) * kVec) = held[i][j];
-          }
-      } else if (r < P) {
-        for (int n = lane; n < N; n += kLanes) {
-          Vec<S, 1> one{{state[r * N + n]}};
-          const float b[1] = {h.B[n]}, c[1] = {h.C[n]};
-          dot += advance(one, decay, dx, b, c);
-          state[r * N + n] = one.v[0];
+      for (int i = 0; i < kPieces; ++i) {
+        dots[i] = 0.f;
+        const float dx = d * __shfl_sync(kWarp, x, row_of(i));
+        opaque(held[i]);
+        if (base + row_of(i) < P) {
+          dots[i] = advance(held[i], decay, dx, B, C);
+          pieces[base * kRowLanes + 32 * i] = held[i];
         }
       }
-#pragma unroll
-      for (int m = kLanes / 2; m > 0; m /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, m);
-      if (r < P && lane == 0) smem[r] = dot + D * x;
+      const float dot = sum_of_own(dots, lane);
+      const int own_row = row_of(lane % kRowLanes / 2);
+      const float skip = D * __shfl_sync(kWarp, x, own_row);
+      if (lane % 2 == 0 && base + own_row < P) smem[base + own_row] = dot + skip;
+    }
+  } else {
+    for (int r = threadIdx.x / 32; r < P; r += blockDim.x / 32) {
+      const float x = h.x[r];
+      float dot = 0.f;
+      for (int n = lane; n < N; n += 32) {
+        Vec<S, 1> one{{state[r * N + n]}};
+        const float b[1] = {h.B[n]}, c[1] = {h.C[n]};
+        dot += advance(one, decay, d * x, b, c);
+        state[r * N + n] = one.v[0];
+      }
+      dot = warp_sum(dot);
+      if (lane == 0) smem[r] = dot + D * x;
     }
   }
   __syncthreads();
@@ -215,12 +249,11 @@ Status launch(const Mamba2StepParams& p, CUstream_st* stream) {
   if (s.error != nullptr) return s;
   const bool aligned =
       p.headdim % 4 == 0 && rows_aligned<S>(p.d_state, {p.ssm_state}, {p.ssm_slot_stride});
-  constexpr int kWide = kLanes * 16 / sizeof(S);  // state columns of one chunk of the lanes
+  constexpr int kVec = 16 / sizeof(S);
   auto kernel = mamba2_state_kernel<T, S, 0>;
-  if (aligned && p.d_state == 64) kernel = mamba2_state_kernel<T, S, 64 / kWide>;
-  if (aligned && p.d_state == 128) kernel = mamba2_state_kernel<T, S, 128 / kWide>;
-  const std::int64_t rows_per_warp = 32 / kLanes * kRowsPerThread;
-  const std::int64_t warps = ceil_div<std::int64_t>(p.headdim, rows_per_warp);
+  if (aligned && p.d_state == 64) kernel = mamba2_state_kernel<T, S, 64 / kVec>;
+  if (aligned && p.d_state == 128) kernel = mamba2_state_kernel<T, S, 128 / kVec>;
+  const std::int64_t warps = ceil_div<std::int64_t>(p.headdim, kRowsPerWarp);
   return launch_dependent(kernel, dim3(static_cast<unsigned>(blocks)),
                           dim3(32 * static_cast<unsigned>(warps < 8 ? warps : 8)),
                           static_cast<std::size_t>(smem), stream, p);
