@@ -39,7 +39,9 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
   const auto share_of = [&](int warp) -> MlaShare& {
     return *reinterpret_cast<MlaShare*>(smem + kMlaSharesOffset + warp * kMlaShareBytes);
   };
-  if (const MlaShare found = mla_share(a, reinterpret_cast<int*>(smem)); me.lane == 0) {
+  if (const MlaShare found =
+          mla_share(a, reinterpret_cast<int*>(smem), mla_lane_length(a), [] { __syncthreads(); });
+      me.lane == 0) {
     share_of(me.warp) = found;
     MlaWalk walk;
     walk.begin(a, found);

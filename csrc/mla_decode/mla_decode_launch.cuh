@@ -96,7 +96,7 @@ Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream
   const std::int64_t most = mla_attribute(cudaDevAttrMultiProcessorCount) * 8 / c.units;
   const int parts = args.parts < most ? args.parts : most > 1 ? static_cast<int>(most) : 1;
   const dim3 grid(static_cast<unsigned>(c.units), static_cast<unsigned>(parts));
-  return mla_launch_after(mla_combine_kernel<T>, grid, 32 * kMlaWarps, 0, stream, args);
+  return mla_launch_kernel({true, 1}, mla_combine_kernel<T>, grid, 32 * kMlaWarps, 0, stream, args);
 }
 
 // An attention kernel, and before and after it what else the call needs.
@@ -107,14 +107,13 @@ Status mla_launch_attention(void (*kernel)(MlaArgs, Maps), dim3 grid, int thread
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
-  if (p.weight == nullptr) {
-    kernel<<<grid, threads, c.smem_bytes, stream>>>(a, maps);
-    const Status s = launch_status();
-    return s.error != nullptr || c.units == 0 ? s : mla_launch_combine<T>(a, c, stream);
-  }
-  Status s = mla_launch_absorb<T>(p, const_cast<void*>(a.q), stream);
+  Status s = {};
+  if (p.weight != nullptr) s = mla_launch_absorb<T>(p, const_cast<void*>(a.q), stream);
   if (s.error == nullptr)
-    s = mla_launch_after(kernel, grid, threads, c.smem_bytes, stream, a, maps);
+    s = mla_launch_kernel({p.weight != nullptr, grid.y}, kernel, grid, threads, c.smem_bytes,
+                          stream, a, maps);
+  if (p.weight == nullptr)
+    return s.error != nullptr || c.units == 0 ? s : mla_launch_combine<T>(a, c, stream);
   const MlaPartials partials = {&a, a.units, a.stats, a.sums, a.o, c.rank, 16 * c.groups, c.passes};
   return s.error != nullptr ? s : mla_launch_expand<T>(p, partials, stream);
 }

@@ -134,8 +134,10 @@ __device__ __forceinline__ int mla_lane_length(const MlaLine& a) {
 }
 
 // This CTA's share, by one look at the lengths: every thread takes one of equal runs of sequences.
-// All threads call it; `scratch` is shared memory for kMlaWarps + 4 ints.
-__device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch, int lane_length) {
+// kMlaWarps warps call it and meet at `barrier`; `scratch` is shared memory for kMlaWarps + 4 ints.
+template <typename Barrier>
+__device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch, int lane_length,
+                                              Barrier barrier) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const bool is_lane = a.batch <= kMlaLaneBatch, is_alone = a.batch <= kMlaWarpBatch;
   constexpr int kAtOnce = 4;
@@ -170,14 +172,16 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch, in
   if (is_alone) {
     s.has_empty = __any_sync(kWarp, has_empty);
   } else {
-    if (lane == 0 && warp < kMlaWarps) scratch[warp] = total;  // others have no sequence
-    s.has_empty = __syncthreads_or(has_empty);
-    total = 0;
+    const bool any_empty = __any_sync(kWarp, has_empty);
+    if (lane == 0) scratch[warp] = any_empty ? ~total : total;
+    barrier();
+    total = 0, s.has_empty = false;
 #pragma unroll
     for (int w = 0; w < kMlaWarps; ++w) {
       const int v = scratch[w];
-      if (w < warp) before += v;
-      total += v;
+      s.has_empty |= v < 0;
+      if (w < warp) before += v < 0 ? ~v : v;
+      total += v < 0 ? ~v : v;
     }
   }
   const int cta = blockIdx.x;
@@ -215,15 +219,16 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch, in
   } else {
     int* const found = scratch + kMlaWarps;
     if (is_mine) found[0] = s.batch, found[1] = s.start, found[2] = s.length, found[3] = s.units;
-    __syncthreads();
+    barrier();
     s.batch = found[0], s.start = found[1], s.length = found[2], s.units = found[3];
   }
   if (s.low >= s.high) s.batch = a.batch, s.start = s.high, s.length = s.units = 0;
   return s;
 }
 
-__device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch) {
-  return mla_share(a, scratch, mla_lane_length(a));
+// The pass of a share's first item; its sequence is the share's own.
+__device__ __forceinline__ int mla_first_pass(const MlaArgs& a, const MlaShare& s) {
+  return s.low < s.high && a.passes > 1 ? (s.low - s.start) / (s.units + a.item_cost) : 0;
 }
 
 // What combines an item, found by a warp from the lengths, for batches up to kMlaLaneBatch.
@@ -273,7 +278,7 @@ struct alignas(16) MlaWalk {
   // To before the first piece.
   __device__ __forceinline__ void begin(const MlaArgs& a, const MlaShare& s) {
     const int item = s.units + a.item_cost;
-    pass = s.low < s.high && a.passes > 1 ? (s.low - s.start) / item : 0;
+    pass = mla_first_pass(a, s);
     b = s.batch, start = s.start + pass * item, length = s.length, units = s.units;
     from = next = until = token = end = stage = flags = 0;
     if (s.low < s.high) open(a, s);

@@ -61,30 +61,32 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
   const int length = mla_lane_length(a);
   sm90::grid_launch_dependents();
   const int warp = threadIdx.x / 32;
-  if (warp == kMlaWarps + kMlaProducers - 1) {  // the least busy one
-    const int lane = threadIdx.x % 32;
-    if (lane < a.streams * a.slots) {
-      const unsigned at = smem_addr(smem) + 64 + lane * 8;
-      sm90::mbarrier_init(at, 1);
-      sm90::mbarrier_init(at + kMlaEmptyOffset - 64, 1 << a.log_team);
-      sm90::mbarrier_init_fence();
-    }
-    mla_prefetch_table(a, lane);
-  }
-  const MlaShare share = mla_share(a, reinterpret_cast<int*>(smem), length);
-  __syncthreads();  // the barriers are there
-
+  MlaShare& known = *reinterpret_cast<MlaShare*>(smem + kMlaSharesOffset);
+  // Registers move first of all: behind the first barrier it took 2,000 clocks.
   if (warp >= kMlaWarps) {
     sm90::registers_decrease<40>();
-    const int stream = warp - kMlaWarps;
-    if (threadIdx.x % 32 != 0 || stream >= a.streams) return;
+    const int stream = warp - kMlaWarps, lane = threadIdx.x % 32;
+    if (stream == kMlaProducers - 1) {  // the least busy one
+      if (lane < a.streams * a.slots) {
+        const unsigned at = smem_addr(smem) + 64 + lane * 8;
+        sm90::mbarrier_init(at, 1);
+        sm90::mbarrier_init(at + kMlaEmptyOffset - 64, sm90::kWarpArrivals << a.log_team);
+        sm90::mbarrier_init_fence();
+      }
+      mla_prefetch_table(a, lane);
+    }
+    __syncthreads();
+    if (lane != 0 || stream >= a.streams) return;
     if (stream == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
+    const MlaShare share = known;
     mla_produce<S>(a, maps, share, stream, smem);
     return;
   }
   sm90::registers_increase<232>();
-  int* const scratch = reinterpret_cast<int*>(smem);
-  if (threadIdx.x % 32 == 0) scratch[kMlaWarps + 4] = share.has_empty;  // all warps say the same
+  const MlaShare share =
+      mla_share(a, reinterpret_cast<int*>(smem), length, [] { named_barrier(1, 32 * kMlaWarps); });
+  if (threadIdx.x == 0) known = share;
+  __syncthreads();  // the share is known, the barriers are there
   const MlaMerge merge(smem);
   // What follows from the thread's index is found anew in every round: registers are scarce.
   if (const MlaPlace me(a, threadIdx.x); me.stream < a.streams) {
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
     // The share's first item, whose q is asked for before its steps are there.
     int opened = -1;
     if (share.low < share.high) {
-      const int pass = a.passes > 1 ? (share.low - share.start) / (share.units + a.item_cost) : 0;
+      const int pass = mla_first_pass(a, share);
       const int row = (pass * a.groups + me.group) * 16;
       mine.q_address = mla_q_address<S>(a, smem_addr(smem), me.group, me.lane);
       if (row < a.rows) {
@@ -142,20 +144,17 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
       }
       if (is_active && (flags & MlaStep::kLast)) {
         const MlaStep kept = *step;
-        __syncwarp();
-        if (thread_index() % 32 == 0) sm90::mbarrier_arrive(barrier + kMlaEmptyOffset - 64);
+        sm90::mbarrier_arrive_warp(barrier + kMlaEmptyOffset - 64, thread_index() % 32);
         mla_finish<T, S>(a, mine, merge, kept);
       } else {
-        __syncwarp();
-        if (thread_index() % 32 == 0) sm90::mbarrier_arrive(barrier + kMlaEmptyOffset - 64);
+        sm90::mbarrier_arrive_warp(barrier + kMlaEmptyOffset - 64, thread_index() % 32);
       }
       if (++slot == a.slots) slot = 0, parity ^= 1;
     }
   }
   // A grid must not end before the one that it follows: the next one waits for this one alone.
   sm90::grid_dependency_wait();
-  __syncwarp();
-  if (scratch[kMlaWarps + 4]) mla_write_empty<T>(a);
+  if (known.has_empty) mla_write_empty<T>(a);
 }
 
 }  // namespace

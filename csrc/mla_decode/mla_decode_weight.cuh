@@ -28,17 +28,17 @@ inline MlaWeightConfig mla_weight_config(const MlaDecodeParams& p) {
       mla_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// Launches a kernel that waits inside for the one before, where the GPU knows how.
+// Launches one of the kernels of a call.
 template <typename... Args>
-Status mla_launch_after(void (*kernel)(Args...), dim3 grid, int threads, int smem,
-                        cudaStream_t stream, const Args&... args) {
+Status mla_launch_kernel(const LaunchOptions& options, void (*kernel)(Args...), dim3 grid,
+                         int threads, int smem, cudaStream_t stream, const Args&... args) {
   // The split of L1 that the attention kernel has: another one waits until a multiprocessor is
   // empty.
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
-  return launch_dependent(kernel, grid, dim3(static_cast<unsigned>(threads)),
-                          static_cast<std::size_t>(smem), stream, args...);
+  return launch_kernel(options, kernel, grid, dim3(static_cast<unsigned>(threads)),
+                       static_cast<std::size_t>(smem), stream, args...);
 }
 
 inline bool mla_is_captured(cudaStream_t stream) {
@@ -68,7 +68,8 @@ Status mla_launch_absorb(const MlaDecodeParams& p, void* latent, cudaStream_t st
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.absorb_smem_bytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   const dim3 grid(static_cast<unsigned>(p.G), c.absorb_slices, c.absorb_columns);
-  return mla_launch_after(kernel, grid, kMlaAbsorbThreads, c.absorb_smem_bytes, stream, a);
+  return mla_launch_kernel({true, 1}, kernel, grid, kMlaAbsorbThreads, c.absorb_smem_bytes, stream,
+                           a);
 }
 
 // What an attention kernel leaves: latent outputs of items that it had whole (a unit's count is 1),
@@ -107,7 +108,7 @@ Status mla_launch_expand(const MlaDecodeParams& p, const MlaPartials& from, cuda
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.expand_smem_bytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   const dim3 grid(static_cast<unsigned>(p.G), c.expand_slices, c.widths);
-  return mla_launch_after(kernel, grid, c.threads, c.expand_smem_bytes, stream, a);
+  return mla_launch_kernel({true, 1}, kernel, grid, c.threads, c.expand_smem_bytes, stream, a);
 }
 
 }  // namespace

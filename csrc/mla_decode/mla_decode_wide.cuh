@@ -339,36 +339,67 @@ struct MlaWideRows {
   }
 };
 
-// The products of all pieces of a CTA, of warpgroup kHalf.
+// The blocks of a piece, of warpgroup kHalf: those that it owns, and the products of the others.
+// `first` of `last` is the piece's first block in the order in which the CTA loads them.
 template <int kHalf, typename T, typename S>
+__device__ __forceinline__ void mla_wide_piece(const MlaArgs& a, MlaWideRows<T, S>& mine,
+                                               const MlaStep& step, int first, int last) {
+  mine.half = kHalf;  // as it is, for the compiler to know
+  int b = first + ((first & 1) != kHalf);
+  const auto token = [&] { return step.token + (b - first) * kMlaWideBlock; };
+  if (b == first) {
+    mine.template attend<kHalf, false>(a, step, b, token());
+    b += 2;
+  }
+#pragma unroll 1
+  for (; b < last; b += 2) mine.template attend<kHalf, true>(a, step, b, token());
+  if (b == last) {
+    const MlaWideSlot<S> slot(mine.base, b - 1);
+    mine.follow(slot);
+    sm90::wgmma_wait<0>(mine.o);
+    mine.release_rest(slot);
+  }
+}
+
+// Tells the CTA its share, and the item of its first piece, whose q is asked for before the piece
+// is noted.  In shared memory it takes no registers from the products.  One thread.
+template <typename S>
+__device__ __forceinline__ void mla_wide_open(const MlaArgs& a, const MlaShare& share) {
+  MlaStep& opened = S::shared().opened;
+  opened.b = share.batch, opened.length = share.length, opened.pass = mla_first_pass(a, share);
+  const bool has_rows = mla_wide_first_row(a, opened.pass) < a.rows;
+  opened.flags = share.low < share.high && has_rows ? MlaStep::kFirst : 0;
+  S::shared().share = share;
+}
+
+// The products of all pieces of a CTA.  Both warpgroups open and close a piece with the same
+// instructions: compute-sanitizer knows a barrier by where it stands.
+template <typename T, typename S>
 __device__ __forceinline__ void mla_wide_products(const MlaArgs& a, int warp) {
   MlaWideRows<T, S> mine;
   mine.base = smem_addr(&S::shared()), mine.q = mine.base + kMlaWideHeader;
-  mine.half = kHalf, mine.warp = warp, mine.lane = threadIdx.x % 32;
-  int first = 0;  // block of the piece, in the order in which the CTA loads them
+  mine.half = warp / 4, mine.warp = warp % 4, mine.lane = threadIdx.x % 32;
+  int first = 0;
 #pragma unroll 1
   for (int n = 0;; ++n) {
-    sm90::mbarrier_wait(S::noted(n), n / kMlaWidePieces & 1);
     const MlaStep& step = S::shared().pieces[n % kMlaWidePieces];
-    if (step.flags & MlaStep::kStop) break;
-    const int first_row = mla_wide_first_row(a, step.pass);
+    const MlaStep& opened = S::shared().opened;
+    const bool is_early = n == 0 && opened.flags != 0;
+    const auto is_last = [&] {
+      sm90::mbarrier_wait(S::noted(n), n / kMlaWidePieces & 1);
+      return (step.flags & MlaStep::kStop) != 0;
+    };
+    if (!is_early && is_last()) break;
+    const MlaStep& item = is_early ? opened : step;
+    mine.begin(a, item, mla_wide_first_row(a, item.pass));
+    if (is_early && is_last()) break;  // a share may end before its item's first token
     const int last = first + ceil_div(step.end - step.token, kMlaWideBlock);
-    mine.begin(a, step, first_row);
-    int b = first + ((first & 1) != kHalf);
-    const auto token = [&] { return step.token + (b - first) * kMlaWideBlock; };
-    if (b == first) {
-      mine.template attend<kHalf, false>(a, step, b, token());
-      b += 2;
-    }
-#pragma unroll 1
-    for (; b < last; b += 2) mine.template attend<kHalf, true>(a, step, b, token());
-    if (b == last) {
-      const MlaWideSlot<S> slot(mine.base, b - 1);
-      mine.follow(slot);
-      sm90::wgmma_wait<0>(mine.o);
-      mine.release_rest(slot);
-    }
-    mine.finish(a, step, first_row);
+    if (warp < 4)
+      mla_wide_piece<0>(a, mine, step, first, last);
+    else
+      mla_wide_piece<1>(a, mine, step, first, last);
+    mine.half = warp / 4;
+    mine.finish(a, step, mla_wide_first_row(a, step.pass));
     first = last;
   }
 }
@@ -376,35 +407,40 @@ __device__ __forceinline__ void mla_wide_products(const MlaArgs& a, int warp) {
 template <typename T, typename S>
 __global__ void __launch_bounds__(kMlaProducts + 128, 1)
     mla_wide_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaWideMaps maps) {
+  const int length = mla_lane_length(a);
   sm90::grid_launch_dependents();
   auto& shared = S::shared();
-  if (threadIdx.x < S::kBarriers) {
-    const int i = threadIdx.x;
-    sm90::mbarrier_init(S::barrier(i), i < S::kEmptyBarriers ? 4 : 1);
-    sm90::mbarrier_init_fence();
-  }
-  const MlaShare share = mla_share(a, shared.scratch);
-  if (threadIdx.x == 0) shared.share = share;
-  __syncthreads();
-  if (threadIdx.x >= kMlaProducts) {
+  // The same in all lanes, which the compiler has to know: products in branches must not diverge.
+  const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x / 32), 0);
+  // Registers move first of all: behind the first barrier it took 2,000 clocks.
+  if (warp >= kMlaProducts / 32) {
     sm90::registers_decrease<kMlaLoadRegisters>();
-    if (threadIdx.x < kMlaProducts + 32) {
+    if (warp == kMlaProducts / 32 + 3) {  // which has nothing else to do
+      const int lane = threadIdx.x % 32;
+#pragma unroll 1
+      for (int i = lane; i < S::kBarriers; i += 32)
+        sm90::mbarrier_init(S::barrier(i), i < S::kEmptyBarriers ? 4 : 1);
+      sm90::mbarrier_init_fence();
+      mla_prefetch_table(a, lane);
+    }
+    __syncthreads();
+    if (warp == kMlaProducts / 32) {
+      const MlaShare share = shared.share;
       if (maps.box == kMlaWideBlock)
-        mla_wide_load<S, true>(a, maps, shared.share);
+        mla_wide_load<S, true>(a, maps, share);
       else
-        mla_wide_load<S, false>(a, maps, shared.share);
+        mla_wide_load<S, false>(a, maps, share);
     }
     return;
   }
   sm90::registers_increase<kMlaProductRegisters>();
+  const MlaShare share =
+      mla_share(a, shared.scratch, length, [] { named_barrier(kMlaBarrierRows, kMlaProducts); });
+  if (threadIdx.x == 0) mla_wide_open<S>(a, share);
+  __syncthreads();  // the share is known, the barriers are there
   // For q; and a grid must not end before the one that it follows.
   sm90::grid_dependency_wait();
-  // The same in all lanes, which the compiler has to know: products in branches must not diverge.
-  const int warp = __shfl_sync(kWarp, static_cast<int>(threadIdx.x / 32), 0);
-  if (warp < 4)
-    mla_wide_products<0, T, S>(a, warp);
-  else
-    mla_wide_products<1, T, S>(a, warp - 4);
+  mla_wide_products<T, S>(a, warp);
   if (shared.share.has_empty && blockIdx.y == 0) mla_write_empty<T>(a);
 }
 

@@ -5,7 +5,7 @@
 
 #include "common/sm90/ptx.cuh"
 #include "common/sm90/tma.cuh"
-#include "mla_decode/mla_decode_schedule.cuh"
+#include "mla_decode/mla_decode_load.cuh"
 #include "mla_decode/mla_decode_wide_config.h"
 
 namespace zebra {
@@ -23,6 +23,7 @@ struct MlaWideMaps {
 struct MlaWideShared {
   std::uint64_t barriers[56];
   MlaStep pieces[kMlaWidePieces];
+  MlaStep opened;  // of the share's first item: what is known before its piece is noted
   float references[2][kMlaWideRows];  // by owner of the block that raised them
   float sums[2][kMlaWideRows];
   int limits[kMlaWideRows];  // tokens that a row sees
@@ -200,10 +201,10 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
   };
 #pragma unroll 1
   while (walk.advance(a, share)) {
-    if (speaks && walk.token == 0) walk.list(a, share);
+    bool is_unlisted = speaks && walk.token == 0;
     if (mla_wide_first_row(a, walk.pass) >= a.rows) continue;  // the pair's other CTA has them all
-    note(0);  // q is asked for while this warp waits for the table
     MlaWidePages pages(a, log_box, walk);
+    note(0);
 #pragma unroll 1
     for (int first = walk.token; first < walk.end; first += kMlaWideBlock, ++b) {
       // The same in all lanes, which the compiler has to know.
@@ -233,6 +234,10 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
       }
       mla_wide_bring<S, S::kHalfTiles + (S::kChunks - 1) * S::kChunkTiles, S::kChunkTiles + 1,
                      kIsWhole>(maps, slot, owner, to, row, page, filled, is_mine);
+      if (is_unlisted) {
+        walk.list(a, share);
+        is_unlisted = false;
+      }
     }
   }
   note(MlaStep::kStop);

@@ -102,7 +102,8 @@ void shares_are_found_by_all_threads() {
       threadIdx.x = i;
       for (std::size_t n = 0; n < batches.size(); ++n) {
         blockIdx.x = batches[n].cta;
-        found[n * cuda_on_host::kThreads + i] = zebra::mla_share(batches[n].a, scratch);
+        found[n * cuda_on_host::kThreads + i] = zebra::mla_share(
+            batches[n].a, scratch, zebra::mla_lane_length(batches[n].a), [] { __syncthreads(); });
         __syncthreads();
       }
     });

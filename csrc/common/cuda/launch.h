@@ -35,22 +35,41 @@ inline bool takes_sm90() {
   return major == 9 && minor == 0;
 }
 
-// Launches a kernel that calls grid_dependency_wait(): from sm_90 on it may start before the kernel
-// ahead of it in the stream has ended.
+struct LaunchOptions {
+  bool is_dependent = false;  // calls grid_dependency_wait(): from sm_90 on the kernel may start
+                              // before the one ahead of it in the stream has ended
+  unsigned cluster_y = 1;     // CTAs (x, y), (x, y + 1), ... that start side by side; sm_90
+};
+
 template <typename... Params, typename... Args>
-Status launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem,
-                        cudaStream_t stream, Args&&... args) {
+Status launch_kernel(const LaunchOptions& options, void (*kernel)(Params...), dim3 grid, dim3 block,
+                     std::size_t smem, cudaStream_t stream, Args&&... args) {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = grid, launch.blockDim = block, launch.dynamicSmemBytes = smem;
-  launch.stream = stream, launch.attrs = &early, launch.numAttrs = major >= 9 ? 1 : 0;
+  launch.stream = stream, launch.attrs = attributes;
+  if (options.is_dependent && major >= 9) {
+    cudaLaunchAttribute& early = attributes[launch.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (options.cluster_y > 1) {
+    cudaLaunchAttribute& cluster = attributes[launch.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = cluster.val.clusterDim.z = 1;
+    cluster.val.clusterDim.y = options.cluster_y;
+  }
   const cudaError_t error = cudaLaunchKernelEx(&launch, kernel, std::forward<Args>(args)...);
   return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
+}
+
+template <typename... Params, typename... Args>
+Status launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem,
+                        cudaStream_t stream, Args&&... args) {
+  return launch_kernel({true, 1}, kernel, grid, block, smem, stream, std::forward<Args>(args)...);
 }
 
 }  // namespace zebra
