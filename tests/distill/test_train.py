@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zebra.distill import DistillConfig, checkpoint
-from zebra.distill.stages import distill, load_model
+from zebra.distill.stages import distill, kd_objective, load_model
 from zebra.distill.train import learning_rate, read_metrics
 
 SAME = ("step", "loss", "lr", "grad_norm", "tokens")
@@ -196,3 +196,11 @@ def test_stream_position_of_a_resumed_run_is_where_it_stopped(pair, whole_run):
     newest = checkpoint.latest_checkpoint(whole_run[0] / "checkpoints")
     state = torch.load(newest / checkpoint.STATE_FILE, weights_only=True)
     assert (state["step"], state["position"]) == (12, 12 * 4)
+
+
+def test_a_head_that_is_more_than_its_weight_is_refused(pair, tmp_path):
+    teacher, student = (load_model(str(pair / name), "cpu") for name in ("teacher", "student"))
+    kd_objective(student, teacher, make(pair, tmp_path))
+    student.get_output_embeddings().register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="the student's output embeddings must be a plain nn"):
+        kd_objective(student, teacher, make(pair, tmp_path))

@@ -188,6 +188,72 @@ def test_autocast_runs_the_operators_in_bf16(device: str) -> None:
     assert layer.q_a_proj.weight.grad.dtype == torch.float32
 
 
+class Adapter(torch.nn.Module):
+    """What peft makes of a layer: it shows the base layer's weight and adds a product."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Parameter(torch.randn(2, base.in_features, device=base.weight.device))
+        self.up = torch.nn.Parameter(torch.randn(base.out_features, 2, device=base.weight.device))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + 0.1 * (x @ self.down.t()) @ self.up.t()
+
+
+PROJECTIONS = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "out_proj"]
+
+
+@pytest.mark.parametrize("options", [{}, {"latent_norm": True}], ids=str)
+@pytest.mark.parametrize("names", [*([n] for n in PROJECTIONS), PROJECTIONS], ids=str)
+def test_adapters_take_part(device: str, names: list[str], options: dict) -> None:
+    layer, hidden = make(device, **options), torch.randn(2, 9, HIDDEN, device=device)
+    merged = make(device, **options)
+    for name in names:
+        adapter = Adapter(getattr(layer, name))
+        setattr(layer, name, adapter)
+        getattr(merged, name).weight.data += 0.1 * (adapter.up @ adapter.down).detach()
+    with torch.no_grad():
+        want = merged(hidden)
+        for absorbed_rows in (0, 20):
+            layer.absorbed_rows = absorbed_rows
+            cache = pages(2, device, fill=float("nan"))
+            parts = [run_forward(layer, cache, hidden[:, a:b]) for a, b in ((0, 4), (4, 7))]
+            parts += [run_step(layer, cache, hidden[:, t : t + 1]) for t in (7, 8)]
+            torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-3, atol=1e-3)
+    out = layer(hidden)
+    torch.testing.assert_close(out, want, rtol=1e-3, atol=1e-3)
+    out.square().sum().backward()
+    for name in names:
+        for p in getattr(layer, name).parameters():
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("name", [*PROJECTIONS[:4], "q_a_layernorm", "kv_a_layernorm"])
+def test_hooks_are_called(name: str) -> None:
+    layer, hidden = make(latent_norm=True), torch.randn(1, 5, HIDDEN)
+    want = layer(hidden)
+    seen: list[torch.Size] = []
+    hook = getattr(layer, name).register_forward_hook(lambda m, x, y: seen.append(y.shape))
+    torch.testing.assert_close(layer(hidden), want, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 1
+    hook.remove()
+
+
+def test_queries_with_an_adapter_are_not_merged() -> None:
+    layer = make()
+    layer.q_b_proj = Adapter(layer.q_b_proj)
+    with pytest.raises(
+        ValueError, match=r"merge_query: q_b_proj must be a plain nn\.Linear, got A"
+    ):
+        layer.merge_query()
+    assert layer.q_a_proj is not None
+
+
 def test_incomplete_cache_arguments_are_refused() -> None:
     layer, hidden = make(), torch.randn(1, 3, HIDDEN)
     with pytest.raises(ValueError, match="come together"):

@@ -12,6 +12,7 @@ from zebra.layers.dtypes import autocast
 from zebra.layers.linear import decode_linear, is_inference, is_untouched
 from zebra.layers.norm import RMSNorm
 from zebra.layers.rope import RotaryEmbedding
+from zebra.ops.project import Angles, append_rows
 
 MAX_STEP_TOKENS = 16  # the absorbed form of one decoding step; more new tokens use forward()
 
@@ -41,6 +42,11 @@ class MultiheadLatentAttention(nn.Module):
 
     Query head h reads KV head g = h // (num_heads / num_kv_heads).  Only [c | k_rope] is cached,
     kv_lora_rank + qk_rope_head_dim numbers a token.  RoPE rotates adjacent pairs.
+
+    The projections' weights go to one operator.  Where a projection or a latent norm is no plain
+    nn.Linear or RMSNorm (an adapter or a quantised layer took its place, a hook is registered) all
+    of them are called instead, and kv_b_proj's weight for the absorbed form is what it makes of the
+    identity.
 
     Args:
         hidden_size: Width of the input and output.
@@ -121,10 +127,16 @@ class MultiheadLatentAttention(nn.Module):
         is rounded once to the weights' dtype.
 
         Raises:
-            ValueError: If a norm stands between the two.
+            ValueError: If a norm stands between the two, or one of them is not a plain nn.Linear.
         """
         if self.q_a_proj is None:
             return
+        for name, layer in (("q_a_proj", self.q_a_proj), ("q_b_proj", self.q_b_proj)):
+            if not is_untouched(layer, nn.Linear):
+                raise ValueError(
+                    f"MultiheadLatentAttention.merge_query: {name} must be a plain nn.Linear, got "
+                    f"{type(layer).__name__}, or one with hooks; merge adapters into it first"
+                )
         if self.q_a_layernorm is not None:
             raise ValueError("MultiheadLatentAttention.merge_query: a norm follows q_a_proj")
         first, second = self.q_a_proj.weight, self.q_b_proj.weight
@@ -221,7 +233,7 @@ class MultiheadLatentAttention(nn.Module):
 
     def _absorbed(self, q: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor) -> Tensor:
         """Attend to the cached latents themselves: q [B, T <= 16, H, Dn + E] -> [B, T, H, Dv]."""
-        q, kv_b_weight = autocast(q, self.kv_b_proj.weight)
+        q, kv_b_weight = autocast(q, self._kv_b_weight(q))
         o, _ = ops.mla_decode(
             q,
             cache,
@@ -243,6 +255,9 @@ class MultiheadLatentAttention(nn.Module):
         norm: RMSNorm | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Queries with their rope part rotated, and [c | k_rope], stored where a cache is given."""
+        if not self._is_plain():
+            hidden = hidden if norm is None else norm(hidden)
+            return self._project_by_layers(hidden, positions, cache, slot_mapping)
         q_a_weight = None if self.q_a_proj is None else self.q_a_proj.weight
         q_b_weight = self.q_proj.weight if self.q_a_proj is None else self.q_b_proj.weight
         q_norm = None if self.q_a_layernorm is None else self.q_a_layernorm.weight
@@ -262,6 +277,46 @@ class MultiheadLatentAttention(nn.Module):
             cos, sin, positions, heads, cache, slot_mapping, q_norm, kv_norm, eps,
             *(() if norm is None else (norm.weight, norm.eps)),
         )  # fmt: skip
+
+    def _is_plain(self) -> bool:
+        """Whether the weights say all that calling the projections and latent norms would do."""
+        first = (self.q_proj,) if self.q_a_proj is None else (self.q_a_proj, self.q_b_proj)
+        norms = [n for n in (self.q_a_layernorm, self.kv_a_layernorm) if n is not None]
+        return all(is_untouched(m, nn.Linear) for m in (*first, self.kv_a_proj_with_mqa)) and all(
+            is_untouched(n, RMSNorm) for n in norms
+        )
+
+    def _project_by_layers(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        cache: Tensor | None,
+        slot_mapping: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What ops.mla_project does, by calling the projections and norms."""
+        cos, sin = self.rotary.tables(hidden.device)
+        angles = Angles(cos[positions], sin[positions])
+        if self.q_a_proj is None:
+            q = self.q_proj(hidden)
+        else:
+            c_q = self.q_a_proj(hidden)
+            q = self.q_b_proj(c_q if self.q_a_layernorm is None else self.q_a_layernorm(c_q))
+        widths = [self.kv_lora_rank, self.qk_rope_head_dim]
+        c, k = self.kv_a_proj_with_mqa(hidden).split(widths, dim=-1)
+        c = c if self.kv_a_layernorm is None else self.kv_a_layernorm(c)
+        q = angles.rotate(q.unflatten(-1, (self.num_heads, -1)))
+        latent = angles.rotate(torch.cat((c, k), dim=-1))
+        if cache is not None and slot_mapping is not None:
+            append_rows(latent.to(cache.dtype), cache, slot_mapping)
+        return q, latent
+
+    def _kv_b_weight(self, like: Tensor) -> Tensor:
+        """[G * (Dn + Dv), R] of the linear map that kv_b_proj is."""
+        if is_untouched(self.kv_b_proj, nn.Linear):
+            return self.kv_b_proj.weight
+        identity = torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)
+        weight: Tensor = self.kv_b_proj(identity).t().contiguous()
+        return weight
 
     def _attend(self, q: Tensor, latent: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Expand the latents [B, S, R + E] to keys and values, then attend causally."""

@@ -221,7 +221,7 @@ def _mla_project_backward_fake(
     )
 
 
-class _Angles(NamedTuple):
+class Angles(NamedTuple):
     """cos and sin of every token, [B, T, E / 2] fp32."""
 
     cos: Tensor
@@ -329,7 +329,7 @@ class _Inputs(NamedTuple):
     def project(self, c_q: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The queries and the latents."""
         x, eps = _norm(self.hidden, self.input_norm_weight, self.input_norm_eps), self.norm_eps
-        angles = _Angles(self.cos[self.positions], self.sin[self.positions])
+        angles = Angles(self.cos[self.positions], self.sin[self.positions])
         c_q = self.query_latent(x) if c_q is None else c_q
         q = F.linear(_norm(c_q, self.q_a_norm_weight, eps), self.q_b_weight)
         R = self.kv_a_weight.size(0) - 2 * self.cos.size(-1)
@@ -399,8 +399,14 @@ def _mla_project_append_composite(
     check.same_device("slot_mapping", slot_mapping, hidden)
     check.shape("slot_mapping", slot_mapping, tuple(hidden.shape[:2]), "[B, T]")
     q, latent = inputs.project()
+    append_rows(latent, cache, slot_mapping)
+    return q, latent
+
+
+def append_rows(latent: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write latents [B, T, R + E] to their slots [B, T] of a paged cache; -1 = not stored."""
     if cache.size(0) == 0 or latent.numel() == 0:
-        return q, latent
+        return
     # Shapes may not depend on values, so every row is written somewhere: one that is not stored
     # repeats the write of the first that is (the same value into the same slot), and where none is
     # stored, all write back what slot 0 holds.
@@ -411,7 +417,6 @@ def _mla_project_append_composite(
     slot = slots[source].clamp(min=0)
     page, offset = slot // cache.size(1), slot % cache.size(1)
     cache[page, offset] = torch.where(stored.any(), rows[source], cache[page, offset])
-    return q, latent
 
 
 @composite("mla_project_backward")
@@ -431,7 +436,7 @@ def _mla_project_backward_composite(
     norm_eps: float,
     c_q: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    back = _Angles(cos[positions], -sin[positions])  # a rotation's transpose turns the other way
+    back = Angles(cos[positions], -sin[positions])  # a rotation's transpose turns the other way
     x = hidden.flatten(0, 1)
     if c_q is None:
         c_q = x if q_a_weight is None else F.linear(x, q_a_weight)
