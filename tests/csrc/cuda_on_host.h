@@ -39,7 +39,6 @@ struct Warp {
 };
 inline Warp warps[kWarps];
 inline std::barrier<> cta{kThreads};
-inline int cta_values[kThreads];
 
 }  // namespace cuda_on_host
 
@@ -87,11 +86,3 @@ inline void __syncwarp() {
 }
 inline bool __any_sync(unsigned, bool value) { return __ballot_sync(0, value) != 0; }
 inline void __syncthreads() { cuda_on_host::cta.arrive_and_wait(); }
-inline bool __syncthreads_or(bool value) {
-  cuda_on_host::cta_values[threadIdx.x] = value;
-  __syncthreads();
-  const int* const v = cuda_on_host::cta_values;
-  const bool any = std::any_of(v, v + cuda_on_host::kThreads, [](int i) { return i != 0; });
-  __syncthreads();
-  return any;
-}

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zebra.data import PackedTokens, pack, read_documents
 from zebra.distill.config import DistillConfig, TrainConfig
 from zebra.distill.loss import ild_loss, kl_loss, next_token_loss
 from zebra.distill.taps import LayerTaps
 from zebra.distill.train import LossFunction, finished_run, train
-from zebra.layers.linear import is_untouched
+from zebra.layers.linear import require_plain
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
@@ -103,11 +103,9 @@ def kd_objective(student: Any, teacher: Any, config: DistillConfig) -> LossFunct
     """
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     for name, model in (("student", student), ("teacher", teacher)):
-        if not is_untouched(head := model.get_output_embeddings(), nn.Linear):
-            raise ValueError(
-                f"kd_objective: the {name}'s output embeddings must be a plain nn.Linear, got "
-                f"{type(head).__name__}, or one with hooks; merge adapters into it first"
-            )
+        require_plain(
+            model.get_output_embeddings(), f"kd_objective: the {name}'s output embeddings"
+        )
 
     def loss(tokens: Tensor) -> Tensor:
         with torch.no_grad():

@@ -63,6 +63,15 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def require_plain(linear: nn.Module, name: str) -> None:
+    """Raise ValueError, naming the layer, where its weight does not say all that it does."""
+    if not is_untouched(linear, nn.Linear):
+        raise ValueError(
+            f"{name} must be a plain nn.Linear, got {type(linear).__name__}, or one with hooks; "
+            "merge adapters into it first"
+        )
+
+
 def _is_like(module: nn.Module, x: Tensor) -> bool:
     weight = cast(nn.Linear, module).weight
     return weight.dtype == x.dtype and weight.device == x.device

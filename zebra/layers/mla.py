@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zebra import ops
 from zebra.layers.dtypes import autocast
-from zebra.layers.linear import decode_linear, is_inference, is_untouched
+from zebra.layers.linear import decode_linear, is_inference, is_untouched, require_plain
 from zebra.layers.norm import RMSNorm
 from zebra.layers.rope import RotaryEmbedding
 from zebra.ops.project import Angles, append_rows
@@ -132,11 +132,7 @@ class MultiheadLatentAttention(nn.Module):
         if self.q_a_proj is None:
             return
         for name, layer in (("q_a_proj", self.q_a_proj), ("q_b_proj", self.q_b_proj)):
-            if not is_untouched(layer, nn.Linear):
-                raise ValueError(
-                    f"MultiheadLatentAttention.merge_query: {name} must be a plain nn.Linear, got "
-                    f"{type(layer).__name__}, or one with hooks; merge adapters into it first"
-                )
+            require_plain(layer, f"MultiheadLatentAttention.merge_query: {name}")
         if self.q_a_layernorm is not None:
             raise ValueError("MultiheadLatentAttention.merge_query: a norm follows q_a_proj")
         first, second = self.q_a_proj.weight, self.q_b_proj.weight
