@@ -114,9 +114,12 @@ struct MlaDecodeConfig {
 };
 
 constexpr std::int64_t kMlaUnitBytes = 32;
+constexpr int kMlaCombineThreads = 1024;  // of a multiprocessor at once
 
-// How work is cut, given how rows and stages are dealt: the rest of a configuration.
-constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t sms, MlaDecodeConfig& c) {
+// How work is cut, given how rows and stages are dealt: the rest of a configuration.  `slots`: CTAs
+// that run at once, or pairs of them.
+constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t slots, std::int64_t sms,
+                            MlaDecodeConfig& c) {
   const std::int64_t items = s.batch * c.passes;
   const std::int64_t item_blocks = ceil_div<std::int64_t>(s.max_tokens, c.stage);
   constexpr std::int64_t kMostSplit = (std::int64_t{1} << 31) - kMlaTmaStage;
@@ -124,14 +127,14 @@ constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t sms, MlaDecode
       s.split_size > kMostSplit ? kMostSplit : round_up<std::int64_t>(s.split_size, kMlaTmaStage);
   c.pieces = c.split > 0 ? ceil_div(s.max_tokens, c.split) : 1;
   const std::int64_t work = items * (c.split > 0 ? c.pieces : item_blocks);
-  c.ctas = static_cast<int>(work < 1 ? 1 : work < sms ? work : sms);
+  c.ctas = static_cast<int>(work < 1 ? 1 : work < slots ? work : slots);
   // A few less where equal sequences then end where shares do: an end inside of a share costs more.
   for (int n = c.ctas; n * 16 >= c.ctas * 15; --n)
-    if (c.ctas == sms && (items % n == 0 || n % items == 0)) {
+    if (c.ctas == slots && (items % n == 0 || n % items == 0)) {
       c.ctas = n;
       break;
     }
-  c.item_cost = items < sms || c.split > 0 ? 0 : kMlaTmaStage / c.stage;
+  c.item_cost = items < slots || c.split > 0 ? 0 : kMlaTmaStage / c.stage;
   c.unit_per_item = s.expands || c.split > 0 || items <= c.ctas;
   c.units = c.unit_per_item ? items : c.ctas;
   const bool cut = c.split > 0 ? c.pieces > 1 : c.ctas > 1;
@@ -143,6 +146,12 @@ constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t sms, MlaDecode
   c.combine_lanes = c.split > 0 ? 8 : 1;
   while (c.split == 0 && c.combine_lanes < kMlaMostLanes && c.combine_lanes * 5 < cuts * 2)
     c.combine_lanes *= 2;
+  // No more lanes than let all threads of the combination run at once: a second wave of its CTAs
+  // starts when the first has ended.
+  const std::int64_t item_rows = s.rows < 16 * c.groups ? s.rows : 16 * c.groups;
+  while (c.split == 0 && c.combine_lanes > 1 &&
+         items * item_rows * (c.rank / 4) * c.combine_lanes > sms * kMlaCombineThreads)
+    c.combine_lanes /= 2;
   const std::int64_t rows = c.partials * 16 * c.groups;
   c.sums_offset = rows * 8;
   c.units_offset = c.sums_offset + rows * c.rank * 4;
@@ -178,7 +187,7 @@ constexpr MlaDecodeConfig select_mla_decode_config(const MlaDecodeShape& s, std:
   c.ring_offset = c.q_offset + mla_q_bytes(c.groups, width);
   c.smem_bytes = c.ring_offset + c.streams * c.slots * stage;
   c.passes = static_cast<int>(ceil_div<std::int64_t>(s.rows, 16 * c.groups));
-  mla_cut_work(s, sms, c);
+  mla_cut_work(s, sms, sms, c);
   return c;
 }
 

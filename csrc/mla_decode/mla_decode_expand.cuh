@@ -9,7 +9,7 @@
 #pragma once
 
 #include "common/sm90/ptx.cuh"
-#include "mla_decode/mla_decode_schedule.cuh"
+#include "mla_decode/mla_decode_fold.cuh"
 #include "mla_decode/mla_decode_weight_config.h"
 
 namespace zebra {
@@ -52,62 +52,11 @@ struct MlaExpandRow {
   }
 };
 
-struct MlaPart {
-  float4 o;
-  float top, sum;
-
-  __device__ __forceinline__ void add(float4 other, float2 stats) {
-    const float most = fmaxf(top, stats.x), base = most == -kInfinity ? 0.f : most;
-    const float x = exp2_approx(top - base), y = exp2_approx(stats.x - base);
-    top = most, sum = sum * x + stats.y * y;
-    o.x = o.x * x + other.x * y, o.y = o.y * x + other.y * y;
-    o.z = o.z * x + other.z * y, o.w = o.w * x + other.w * y;
-  }
-};
-
-// Adds every `lanes`-th partial result of four columns, a few at once.
-__device__ __forceinline__ MlaPart mla_gather(const MlaExpandArgs& a, const MlaUnit& unit, int row,
-                                              int quad, int lane) {
 #if __CUDA_ARCH__ == 900
-  constexpr int kAtOnce = 6;
+constexpr int kMlaExpandAtOnce = 6;  // partial results
 #else
-  constexpr int kAtOnce = 3;  // as registers of 1024 threads allow
+constexpr int kMlaExpandAtOnce = 3;  // as registers of 1024 threads allow
 #endif
-  MlaPart mine = {{}, -kInfinity, 0.f};
-  // A place of 16 rows has 4 KiB at least: 32 bits count them.
-  const int head = static_cast<int>(unit.first), rest = static_cast<int>(unit.rest) - unit.step;
-#pragma unroll 1
-  for (int k = lane; k < unit.count; k += kAtOnce * a.lanes) {
-    float4 o[kAtOnce];
-    float2 s[kAtOnce];
-    float top = mine.top;
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const int at = k + n * a.lanes;
-      s[n] = {-kInfinity, 0.f}, o[n] = {};
-      if (at < unit.count) {
-        const std::int64_t partial = at == 0 ? head : rest + at * unit.step;
-        const std::int64_t from = partial * a.pass.divisor + row;
-        s[n] = a.stats[from];
-        o[n] = a.sums[from * a.rank_quads + quad];
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) top = fmaxf(top, s[n].x);
-    const float base = top == -kInfinity ? 0.f : top;
-    const float shrink = exp2_approx(mine.top - base);
-    mine.sum *= shrink, mine.top = top;
-    mine.o.x *= shrink, mine.o.y *= shrink, mine.o.z *= shrink, mine.o.w *= shrink;
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const float scale = exp2_approx(s[n].x - base);
-      mine.sum += s[n].y * scale;
-      mine.o.x += o[n].x * scale, mine.o.y += o[n].y * scale;
-      mine.o.z += o[n].z * scale, mine.o.w += o[n].w * scale;
-    }
-  }
-  return mine;
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kMlaExpandThreads, 1)
@@ -150,16 +99,21 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
       const int quad = slot - r * a.quads.divisor;
       const bool is_mine = slot < a.slots.divisor && k0 < a.lanes && tile + r < a.rows;
       const MlaExpandRow row(a, kv_head, min(tile + r, a.rows - 1));
+      if (!a.finds_units) sm90::grid_dependency_wait();
       MlaUnit unit = {};
-      if (a.finds_units) unit = mla_find_unit(a.line, row.item);
+      if (a.finds_units)
+        unit = mla_find_unit(a.line, row.item);
+      else if (is_mine)
+        unit = a.units[row.item];
+      if (!is_mine) unit.count = 0;
+      MlaFold fold(a.stats, a.sums, unit, a.pass.divisor, row.row_in_pass, a.rank_quads, quad, k0,
+                   a.lanes);
       sm90::grid_dependency_wait();
       sm90::grid_launch_dependents();
-      if (!a.finds_units && is_mine) unit = a.units[row.item];
-      if (!is_mine) unit.count = 0;
-      MlaPart mine = {{}, -kInfinity, 0.f};
+      MlaPart mine;
       uint2 words = {0, 0};
       if (unit.count > 1)
-        mine = mla_gather(a, unit, row.row_in_pass, quad, k0);
+        mine = fold.gather<kMlaExpandAtOnce>();
       else if (unit.count == 1 && k0 == 0)
         words = a.latent[row.index(a) * a.quads.divisor + quad];
 #pragma unroll 1
@@ -173,7 +127,7 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
       }
       if (!is_mine || k0 > 0) continue;
       if (unit.count > 1) {
-        const float inverse = mine.sum == 0.f ? 0.f : __fdividef(1.f, mine.sum);
+        const float inverse = mine.inverse();
         words = {pack<T>(mine.o.x * inverse, mine.o.y * inverse),
                  pack<T>(mine.o.z * inverse, mine.o.w * inverse)};
         if (quad == 0 && blockIdx.z == 0) a.lse[row.index(a)] = mla_lse(mine.top, mine.sum);

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 1)
     return *reinterpret_cast<MlaShare*>(smem + kMlaSharesOffset + warp * kMlaShareBytes);
   };
   if (const MlaShare found =
-          mla_share(a, reinterpret_cast<int*>(smem), mla_lane_length(a), [] { __syncthreads(); });
+          mla_share(a, reinterpret_cast<int*>(smem), mla_first_length(a), [] { __syncthreads(); });
       me.lane == 0) {
     share_of(me.warp) = found;
     MlaWalk walk;

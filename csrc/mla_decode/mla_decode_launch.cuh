@@ -83,7 +83,7 @@ template <typename T>
 Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream_t stream) {
   const int rows = 16 * c.groups, quads = c.rank / 4;
   MlaCombineArgs args = {};
-  args.line = a, args.finds_units = a.unit_per_item && a.batch <= kMlaLaneBatch;
+  args.line = a, args.finds_units = a.unit_per_item && a.batch <= kMlaLineThreads;
   args.units = a.units, args.stats = a.stats;
   args.sums = reinterpret_cast<const float4*>(a.sums);
   args.o = a.o, args.lse = a.lse;

@@ -45,6 +45,11 @@ constexpr int kMlaTableAhead = 512;  // tokens
 // what others left there in any case, which costs more if it is put off.
 constexpr unsigned kMlaLeastOnce = 320 << 10, kMlaMostOnce = 2400 << 10;
 
+// Where one part of a CTA brings and the other attends, the first makes the barriers ready and the
+// second finds the share: named barriers at which one part arrives and the other waits.
+// compute-sanitizer wants a barrier that all wait at to stand in one place.
+enum { kMlaBarrierReady = 14, kMlaBarrierKnown = 15 };
+
 // The table in L2 by the time that this or another CTA knows its part of it.  One warp.
 __device__ __forceinline__ void mla_prefetch_table(const MlaArgs& a, int lane) {
   const int line = static_cast<int>(blockIdx.x + lane * gridDim.x);

@@ -122,103 +122,123 @@ __device__ __forceinline__ int mla_scan(int v, int lane) {
   return v;
 }
 
-// Batches up to here: a lane has a sequence.  Up to kMlaWarpBatch: every warp looks at all lengths,
-// and no warp waits for another.
-constexpr int kMlaLaneBatch = 32, kMlaWarpBatch = 256;
+// Batches up to here: a lane of every warp has a sequence, and no warp waits for another.  Larger
+// ones: every thread of kMlaWarps warps has an equal run of them.
+constexpr int kMlaLaneBatch = 32, kMlaLineThreads = 32 * kMlaWarps;
 
-// What mla_share() makes of a batch up to kMlaLaneBatch: the length of the lane's sequence, as it
-// lies in memory.  A kernel asks for it first of all.
-__device__ __forceinline__ int mla_lane_length(const MlaLine& a) {
-  const int lane = threadIdx.x % 32;
-  return lane < a.batch ? __ldcg(a.seq_lens + lane * a.seq_lens_stride) : 0;
+// The length of the first sequence that the thread looks at, as it lies in memory.  A kernel asks
+// for it first of all.
+__device__ __forceinline__ int mla_first_length(const MlaLine& a) {
+  const int run = (a.batch + kMlaLineThreads - 1) / kMlaLineThreads;
+  const int b = a.batch <= kMlaLaneBatch ? threadIdx.x % 32 : threadIdx.x * run;
+  return b < a.batch ? __ldcg(a.seq_lens + b * a.seq_lens_stride) : 0;
 }
 
-// This CTA's share, by one look at the lengths: every thread takes one of equal runs of sequences.
-// kMlaWarps warps call it and meet at `barrier`; `scratch` is shared memory for kMlaWarps + 4 ints.
-template <typename Barrier>
-__device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch, int lane_length,
-                                              Barrier barrier) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const bool is_lane = a.batch <= kMlaLaneBatch, is_alone = a.batch <= kMlaWarpBatch;
-  constexpr int kAtOnce = 4;
-  int sum = 0, first = 0, last = 0;
-  MlaShare s;
-  s.length = s.units = 0;
-  bool has_empty = false;
-  if (is_lane) {
-    if (lane < a.batch) {
-      s.length = min(max(lane_length, 0), a.max_tokens), s.units = mla_units(a, s.length);
-      sum = mla_weight(a, s.units), has_empty = s.length == 0;
-    }
-  } else {
-    const int me = is_alone ? lane : thread, log_runs = is_alone ? 5 : 8;
-    const int run = (a.batch + (1 << log_runs) - 1) >> log_runs;
-    first = min(me * run, a.batch), last = min(first + run, a.batch);
+// A thread's sequences [first, last) on the line.
+struct MlaRun {
+  static constexpr int kAtOnce = 4;
+  int first, last;
+  int before, weight, total;  // units of the sequences before them, of them, of all
+  int length[kAtOnce] = {};   // of the last sequences looked at: of all of a short run
+  bool has_empty;             // some sequence of the batch has no token
+
+  __device__ __forceinline__ void look(const MlaLine& a, int b) {
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) length[n] = b + n < last ? mla_length(a, b + n) : 0;
+  }
+  // Of a batch above kMlaLaneBatch.  kMlaWarps warps call it and meet at `barrier`; `scratch` is
+  // shared memory for kMlaWarps ints.
+  template <typename Barrier>
+  __device__ __forceinline__ void begin(const MlaLine& a, int first_length, int* scratch,
+                                        Barrier barrier) {
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int run = (a.batch + kMlaLineThreads - 1) / kMlaLineThreads;
+    first = min(thread * run, a.batch), last = min(first + run, a.batch);
+    weight = 0;
+    bool is_empty = false;
 #pragma unroll 1
     for (int b = first; b < last; b += kAtOnce) {
-      int length[kAtOnce];
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) length[n] = b + n < last ? mla_length(a, b + n) : 0;
+      if (run == 1) {
+        length[0] = min(max(first_length, 0), a.max_tokens);
+      } else {
+        look(a, b);
+      }
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
-        has_empty |= b + n < last && length[n] == 0;
-        sum += mla_weight(a, mla_units(a, length[n]));
+        if (b + n >= last) break;
+        is_empty |= length[n] == 0;
+        weight += mla_weight(a, mla_units(a, length[n]));
       }
     }
-  }
-  int before = mla_scan(sum, lane);  // of the threads up to this one
-  int total = __shfl_sync(kWarp, before, 31);
-  before -= sum;
-  if (is_alone) {
-    s.has_empty = __any_sync(kWarp, has_empty);
-  } else {
-    const bool any_empty = __any_sync(kWarp, has_empty);
-    if (lane == 0) scratch[warp] = any_empty ? ~total : total;
+    before = mla_scan(weight, lane);  // of the threads up to this one
+    const int of_warp = __shfl_sync(kWarp, before, 31);
+    is_empty = __any_sync(kWarp, is_empty);
+    if (lane == 0) scratch[warp] = is_empty ? ~of_warp : of_warp;
     barrier();
-    total = 0, s.has_empty = false;
+    before -= weight, total = 0, has_empty = false;
 #pragma unroll
     for (int w = 0; w < kMlaWarps; ++w) {
-      const int v = scratch[w];
-      s.has_empty |= v < 0;
-      if (w < warp) before += v < 0 ? ~v : v;
-      total += v < 0 ? ~v : v;
+      const int v = scratch[w], units = v < 0 ? ~v : v;
+      has_empty |= v < 0;
+      if (w < warp) before += units;
+      total += units;
     }
   }
-  const int cta = blockIdx.x;
-  const MlaDeal deal(a, total);
-  s.each = deal.each, s.larger = deal.larger;
-  s.low = s.each * cta + min(cta, s.larger);
-  s.high = cta < deal.ctas ? s.low + s.each + (cta < s.larger) : s.low;
-  const bool is_mine = s.low < s.high && s.low >= before && s.low < before + sum;
-  s.batch = lane, s.start = before;
-  if (is_mine && !is_lane) {
+  // visit(sequence, where it starts on the line, length, units) until it says that it has found
+  // what it looked for.
+  template <typename Visit>
+  __device__ __forceinline__ void search(const MlaLine& a, Visit visit) {
+    int start = before;
     bool is_found = false;
 #pragma unroll 1
-    for (int b = first; !is_found; b += kAtOnce) {  // the lengths once more, a few at a time
-      int length[kAtOnce];
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) length[n] = b + n < last ? mla_length(a, b + n) : 0;
+    for (int b = first; b < last && !is_found; b += kAtOnce) {
+      if (last - first > kAtOnce) look(a, b);
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
-        const int units = mla_units(a, length[n]), weight = mla_weight(a, units);
-        if (!is_found && s.low < before + weight) {
-          s.batch = b + n, s.start = before, s.length = length[n], s.units = units;
-          is_found = true;
-        }
-        before += weight;
+        if (b + n >= last || is_found) break;
+        const int units = mla_units(a, length[n]);
+        is_found = visit(b + n, start, length[n], units);
+        start += mla_weight(a, units);
       }
     }
   }
-  if (is_alone) {
-    const unsigned who = __ballot_sync(kWarp, is_mine);
-    const int from = who == 0 ? 0 : __ffs(who) - 1;
-    s.batch = __shfl_sync(kWarp, s.batch, from);
-    s.start = __shfl_sync(kWarp, s.start, from);
-    s.length = __shfl_sync(kWarp, s.length, from);
-    s.units = __shfl_sync(kWarp, s.units, from);
+};
+
+// This CTA's share, by one look at the lengths.  kMlaWarps warps call it and meet at `barrier`;
+// `scratch` is shared memory for kMlaWarps + 4 ints.
+template <typename Barrier>
+__device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch, int first_length,
+                                              Barrier barrier) {
+  const int lane = threadIdx.x % 32, cta = blockIdx.x;
+  MlaShare s;
+  const auto deal = [&](int total) {
+    const MlaDeal deal(a, total);
+    s.each = deal.each, s.larger = deal.larger;
+    s.low = s.each * cta + min(cta, s.larger);
+    s.high = cta < deal.ctas ? s.low + s.each + (cta < s.larger) : s.low;
+  };
+  if (a.batch <= kMlaLaneBatch) {
+    const int length = lane < a.batch ? min(max(first_length, 0), a.max_tokens) : 0;
+    const int units = mla_units(a, length), weight = mla_weight(a, units);
+    const int until = mla_scan(weight, lane), start = until - weight;
+    s.has_empty = __any_sync(kWarp, lane < a.batch && length == 0);
+    deal(__shfl_sync(kWarp, until, 31));
+    const unsigned who = __ballot_sync(kWarp, s.low < s.high && s.low >= start && s.low < until);
+    s.batch = who == 0 ? 0 : __ffs(who) - 1;
+    s.start = __shfl_sync(kWarp, start, s.batch), s.length = __shfl_sync(kWarp, length, s.batch);
+    s.units = __shfl_sync(kWarp, units, s.batch);
   } else {
+    MlaRun run;
+    run.begin(a, first_length, scratch, barrier);
+    s.has_empty = run.has_empty;
+    deal(run.total);
     int* const found = scratch + kMlaWarps;
-    if (is_mine) found[0] = s.batch, found[1] = s.start, found[2] = s.length, found[3] = s.units;
+    if (s.low < s.high && s.low >= run.before && s.low < run.before + run.weight)
+      run.search(a, [&](int b, int start, int length, int units) {
+        if (s.low >= start + mla_weight(a, units)) return false;
+        found[0] = b, found[1] = start, found[2] = length, found[3] = units;
+        return true;
+      });
     barrier();
     s.batch = found[0], s.start = found[1], s.length = found[2], s.units = found[3];
   }
@@ -231,16 +251,9 @@ __device__ __forceinline__ int mla_first_pass(const MlaArgs& a, const MlaShare& 
   return s.low < s.high && a.passes > 1 ? (s.low - s.start) / (s.units + a.item_cost) : 0;
 }
 
-// What combines an item, found by a warp from the lengths, for batches up to kMlaLaneBatch.
-__device__ __forceinline__ MlaUnit mla_find_unit(const MlaLine& a, int item) {
-  const int lane = threadIdx.x % 32;
-  int units = 0;
-  if (lane < a.batch) units = mla_units(a, mla_length(a, lane));
-  const int weight = mla_weight(a, units), until = mla_scan(weight, lane);
-  const MlaDeal deal(a, __shfl_sync(kWarp, until, 31));
-  const int b = item / a.passes, pass = item - b * a.passes;
-  const int start = __shfl_sync(kWarp, until - weight, b);
-  units = __shfl_sync(kWarp, units, b);
+// What combines an item of `units` units that starts at `start` on the line.
+__device__ __forceinline__ MlaUnit mla_unit_of(const MlaLine& a, int item, int total, int start,
+                                               int units) {
   MlaUnit u = {};
   if (units == 0) return u;
   u.item = item;
@@ -248,12 +261,39 @@ __device__ __forceinline__ MlaUnit mla_find_unit(const MlaLine& a, int item) {
     u.count = units, u.first = static_cast<std::int64_t>(item) * a.pieces;
     u.rest = u.first + 1, u.step = 1;
   } else {
+    const MlaDeal deal(a, total);
+    const int pass = item - item / a.passes * a.passes;
     const int from = start + pass * (units + a.item_cost) + a.item_cost;
     const int owner = deal.owner(from);
     u.count = deal.owner(from + units - 1) - owner + 1;
     u.first = 2 * owner + 1, u.rest = u.first + 1, u.step = 2;
   }
   return u;
+}
+// It, found by a warp from the lengths of a batch up to kMlaLaneBatch.
+__device__ __forceinline__ MlaUnit mla_find_unit(const MlaLine& a, int item) {
+  const int lane = threadIdx.x % 32, b = item / a.passes;
+  int units = 0;
+  if (lane < a.batch) units = mla_units(a, mla_length(a, lane));
+  const int weight = mla_weight(a, units), until = mla_scan(weight, lane);
+  return mla_unit_of(a, item, __shfl_sync(kWarp, until, 31), __shfl_sync(kWarp, until - weight, b),
+                     __shfl_sync(kWarp, units, b));
+}
+// It, found by all kMlaWarps warps of a CTA; `scratch` is shared memory for kMlaWarps + 2 ints.
+__device__ __forceinline__ MlaUnit mla_find_unit(const MlaLine& a, int item, int* scratch) {
+  const auto barrier = [] { __syncthreads(); };
+  const int b = item / a.passes;
+  MlaRun run;
+  run.begin(a, mla_first_length(a), scratch, barrier);
+  int* const found = scratch + kMlaWarps;
+  if (b >= run.first && b < run.last)
+    run.search(a, [&](int at, int start, int, int units) {
+      if (at != b) return false;
+      found[0] = start, found[1] = units;
+      return true;
+    });
+  __syncthreads();
+  return mla_unit_of(a, item, run.total, found[0], found[1]);
 }
 
 // What the warps of a team know of a stage in their ring.

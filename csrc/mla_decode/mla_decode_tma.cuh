@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
     mla_decode_tma_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaMaps maps) {
   using S = MlaShape<kRank, kRope, true>;
   extern __shared__ __align__(1024) unsigned char smem[];
-  const int length = mla_lane_length(a);
+  const int length = mla_first_length(a);
   sm90::grid_launch_dependents();
   const int warp = threadIdx.x / 32;
   MlaShare& known = *reinterpret_cast<MlaShare*>(smem + kMlaSharesOffset);
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
       }
       mla_prefetch_table(a, lane);
     }
-    __syncthreads();
+    named_barrier_arrive(kMlaBarrierReady, kMlaTmaThreads);
+    named_barrier(kMlaBarrierKnown, kMlaTmaThreads);
     if (lane != 0 || stream >= a.streams) return;
     if (stream == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
     const MlaShare share = known;
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
   const MlaShare share =
       mla_share(a, reinterpret_cast<int*>(smem), length, [] { named_barrier(1, 32 * kMlaWarps); });
   if (threadIdx.x == 0) known = share;
-  __syncthreads();  // the share is known, the barriers are there
+  named_barrier_arrive(kMlaBarrierKnown, kMlaTmaThreads);
+  named_barrier(kMlaBarrierReady, kMlaTmaThreads);
   const MlaMerge merge(smem);
   // What follows from the thread's index is found anew in every round: registers are scarce.
   if (const MlaPlace me(a, threadIdx.x); me.stream < a.streams) {

@@ -407,7 +407,7 @@ __device__ __forceinline__ void mla_wide_products(const MlaArgs& a, int warp) {
 template <typename T, typename S>
 __global__ void __launch_bounds__(kMlaProducts + 128, 1)
     mla_wide_kernel(const __grid_constant__ MlaArgs a, const __grid_constant__ MlaWideMaps maps) {
-  const int length = mla_lane_length(a);
+  const int length = mla_first_length(a);
   sm90::grid_launch_dependents();
   auto& shared = S::shared();
   // The same in all lanes, which the compiler has to know: products in branches must not diverge.
@@ -423,7 +423,8 @@ __global__ void __launch_bounds__(kMlaProducts + 128, 1)
       sm90::mbarrier_init_fence();
       mla_prefetch_table(a, lane);
     }
-    __syncthreads();
+    named_barrier_arrive(kMlaBarrierReady, kMlaProducts + 128);
+    named_barrier(kMlaBarrierKnown, kMlaProducts + 128);
     if (warp == kMlaProducts / 32) {
       const MlaShare share = shared.share;
       if (maps.box == kMlaWideBlock)
@@ -437,7 +438,8 @@ __global__ void __launch_bounds__(kMlaProducts + 128, 1)
   const MlaShare share =
       mla_share(a, shared.scratch, length, [] { named_barrier(kMlaBarrierRows, kMlaProducts); });
   if (threadIdx.x == 0) mla_wide_open<S>(a, share);
-  __syncthreads();  // the share is known, the barriers are there
+  named_barrier_arrive(kMlaBarrierKnown, kMlaProducts + 128);
+  named_barrier(kMlaBarrierReady, kMlaProducts + 128);
   // For q; and a grid must not end before the one that it follows.
   sm90::grid_dependency_wait();
   mla_wide_products<T, S>(a, warp);

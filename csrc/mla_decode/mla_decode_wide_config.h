@@ -10,9 +10,8 @@ constexpr int kMlaWideRows = 64;   // query rows of a CTA, those of a wgmma
 constexpr int kMlaWideBlock = 64;  // cached tokens that a warpgroup scores at once
 constexpr int kMlaWideLogBlock = 6;
 constexpr int kMlaWideTileBytes = kMlaWideBlock * 128;  // 64 columns of a block
-constexpr int kMlaWideHeader = 3072;      // bytes of shared memory before q: barriers, statistics
-constexpr int kMlaCombineThreads = 1024;  // of a multiprocessor at once
-constexpr int kMlaWidePieces = 8;         // that are known at once: one a block, and two
+constexpr int kMlaWideHeader = 3072;  // bytes of shared memory before q: barriers, statistics
+constexpr int kMlaWidePieces = 8;     // that are known at once: one a block, and two
 
 constexpr MlaInstance kMlaWideInstances[] = {{128, 64}, {256, 64}, {512, 64}};
 // Blocks of cached rows in shared memory; even, because warpgroups take turns.
@@ -53,12 +52,7 @@ constexpr MlaDecodeConfig select_mla_wide_config(const MlaDecodeShape& s, std::i
   c.slots = mla_wide_stages(c.rank);
   c.smem_bytes = mla_wide_smem_bytes(c.rank);
   c.passes = static_cast<int>(ceil_div<std::int64_t>(s.rows, 16 * c.groups));
-  mla_cut_work(s, sms / pair > 0 ? sms / pair : 1, c);
-  // Partial results are large: no more lanes than let all threads of the combination run at once.
-  const std::int64_t rows = s.rows < 16 * c.groups ? s.rows : 16 * c.groups;
-  while (c.split == 0 && c.combine_lanes > 1 &&
-         s.batch * c.passes * rows * (c.rank / 4) * c.combine_lanes > sms * kMlaCombineThreads)
-    c.combine_lanes /= 2;
+  mla_cut_work(s, sms / pair > 0 ? sms / pair : 1, sms, c);
   return c;
 }
 

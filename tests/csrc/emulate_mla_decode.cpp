@@ -103,7 +103,7 @@ void shares_are_found_by_all_threads() {
       for (std::size_t n = 0; n < batches.size(); ++n) {
         blockIdx.x = batches[n].cta;
         found[n * cuda_on_host::kThreads + i] = zebra::mla_share(
-            batches[n].a, scratch, zebra::mla_lane_length(batches[n].a), [] { __syncthreads(); });
+            batches[n].a, scratch, zebra::mla_first_length(batches[n].a), [] { __syncthreads(); });
         __syncthreads();
       }
     });
@@ -124,8 +124,9 @@ void shares_are_found_by_all_threads() {
   }
 }
 
-// What the combination finds from the lengths is what the attention kernel would list.
-void units_are_found_by_a_warp() {
+// What the combination finds from the lengths, by a warp or by a CTA, is what the attention kernel
+// would list.
+void units_are_found() {
   struct Batch {
     std::vector<int> lens;
     MlaArgs a;
@@ -133,10 +134,13 @@ void units_are_found_by_a_warp() {
   };
   std::mt19937 random(9);
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
-  std::vector<Batch> batches(200);
+  constexpr int kItems = 4;  // of a batch that a CTA finds
+  const auto item_of = [](int k, int items) { return k * (items - 1) / (kItems - 1); };
+  static int scratch[zebra::kMlaWarps + 2];
+  std::vector<Batch> batches(120);
   for (std::size_t n = 0; n < batches.size(); ++n) {
     Batch& batch = batches[n];
-    batch.lens.resize(1 + below(32));
+    batch.lens.resize(1 + below(n % 5 < 2 ? 32 : 600));
     for (int& length : batch.lens) length = below(3) == 0 ? below(2) : below(n % 2 ? 300 : 30000);
     MlaArgs& a = batch.a;
     std::memset(static_cast<void*>(&a), 0, sizeof(a));
@@ -152,7 +156,16 @@ void units_are_found_by_a_warp() {
     threads.emplace_back([&, i] {
       threadIdx.x = i;
       for (Batch& batch : batches) {
-        batch.found[i] = zebra::mla_find_unit(batch.a, i % (batch.a.batch * batch.a.passes));
+        const int items = batch.a.batch * batch.a.passes;
+        if (batch.a.batch <= zebra::kMlaLaneBatch) {
+          batch.found[i] = zebra::mla_find_unit(batch.a, i % items);
+        } else {
+          for (int k = 0; k < kItems; ++k) {
+            const MlaUnit found = zebra::mla_find_unit(batch.a, item_of(k, items), scratch);
+            if (i == k * 37 % cuda_on_host::kThreads) batch.found[k] = found;  // any thread's
+            __syncthreads();
+          }
+        }
         __syncthreads();
       }
     });
@@ -171,13 +184,15 @@ void units_are_found_by_a_warp() {
       while (walk.advance(a, share))
         if (walk.token == 0) walk.list(a, share);
     }
-    for (int i = 0; i < cuda_on_host::kThreads; ++i) {
-      const MlaUnit &want = listed[i % items], &got = batch.found[i];
+    const bool by_warp = a.batch <= zebra::kMlaLaneBatch;
+    for (int i = 0; i < (by_warp ? cuda_on_host::kThreads : kItems); ++i) {
+      const int item = by_warp ? i % items : item_of(i, items);
+      const MlaUnit &want = listed[item], &got = batch.found[i];
       if (got.count == want.count &&
           (got.count < 1 || (got.item == want.item && got.first == want.first &&
                              got.rest == want.rest && got.step == want.step)))
         continue;
-      fail("unit of item " + std::to_string(i % items), std::to_string(a.batch) + " sequences");
+      fail("unit of item " + std::to_string(item), std::to_string(a.batch) + " sequences");
       break;
     }
   }
@@ -388,7 +403,7 @@ void random_batches_are_covered() {
 int main() {
   divisions_are_exact();
   shares_are_found_by_all_threads();
-  units_are_found_by_a_warp();
+  units_are_found();
   random_batches_are_covered();
   std::printf("mla_decode: %d checked, %d failures\n", checked, failures);
   return failures == 0 ? 0 : 1;
