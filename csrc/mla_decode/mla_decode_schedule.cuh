@@ -251,6 +251,11 @@ __device__ __forceinline__ int mla_first_pass(const MlaArgs& a, const MlaShare& 
   return s.low < s.high && a.passes > 1 ? (s.low - s.start) / (s.units + a.item_cost) : 0;
 }
 
+// Where its first item's first token of it lies, where items have one pass.
+__device__ __forceinline__ int mla_first_token(const MlaArgs& a, const MlaShare& s) {
+  return max(0, s.low - s.start - a.item_cost) * a.unit.divisor;
+}
+
 // What combines an item of `units` units that starts at `start` on the line.
 __device__ __forceinline__ MlaUnit mla_unit_of(const MlaLine& a, int item, int total, int start,
                                                int units) {

@@ -28,6 +28,7 @@ __device__ __forceinline__ void mla_produce(const MlaArgs& a, const MlaMaps& map
   MlaStep* const steps =
       reinterpret_cast<MlaStep*>(smem + kMlaStepsOffset) + stream * kMlaMostSlots;
   const unsigned base = smem_addr(smem), first = stream * a.slots;
+  int known = MlaLoader<S>::first_page(a, share, stream);
   MlaWalk walk;
   walk.begin(a, share);
   int slot = 0, parity = -1;  // of the empty barrier's phase; -1: nobody has the stage yet
@@ -41,10 +42,14 @@ __device__ __forceinline__ void mla_produce(const MlaArgs& a, const MlaMaps& map
     }
     MlaLoader<S>::advance(a, share, walk, stream);
     const unsigned stage = first + slot;
-    MlaLoader<S>::fetch(a, maps, walk, steps[slot], base + a.ring_offset + stage * S::kStageBytes,
-                        base + 64 + stage * 8, parity < 0 ? 0 : base + kMlaEmptyOffset + stage * 8,
-                        parity,
+    const unsigned full = base + 64 + stage * 8;
+    MlaLoader<S>::fetch(a, maps, walk, known, base + a.ring_offset + stage * S::kStageBytes, full,
+                        parity < 0 ? 0 : base + kMlaEmptyOffset + stage * 8, parity,
                         static_cast<unsigned>(share.each) * static_cast<unsigned>(a.unit.divisor));
+    known = -1;
+    // What the stage is, while it is on its way; the barrier waits for this arrival too.
+    steps[slot].note(a, walk);
+    sm90::mbarrier_expect(full, walk.stage >= walk.end ? 0 : S::kStageBytes);
     if (walk.flags == MlaStep::kStop) return;
     is_unlisted |= stream == 0 && (walk.flags & MlaStep::kFirst) && walk.token == 0;
     if (++slot == a.slots) slot = 0, parity = parity < 0 ? 0 : parity ^ 1;

@@ -127,8 +127,8 @@ struct MlaWidePages {
     const int page = token < end ? __ldcg(table + a.page.quotient(token)) : 0;
     return min(max(page, 0), a.pages - 1);
   }
-  __device__ __forceinline__ MlaWidePages(const MlaArgs& a, int log_box, const MlaWalk& walk)
-      : table(a.block_table + walk.b * a.table_stride), from(walk.token), end(walk.end) {
+  __device__ __forceinline__ MlaWidePages(const MlaArgs& a, int log_box, int b, int from_, int end_)
+      : table(a.block_table + b * a.table_stride), from(from_), end(end_) {
     const int mine = from + ((threadIdx.x % 32) << log_box);
     now = entry(a, mine), next = entry(a, mine + (32 << log_box));
   }
@@ -190,6 +190,10 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
   const bool speaks = lane == 0 && blockIdx.y == 0;  // for both CTAs of a pair
   if (speaks && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
   const int log_box = kIsWhole ? kMlaWideLogBlock : maps.log_box, boxes = kMlaWideBlock >> log_box;
+  // Those of the first piece, which the share says without a walk where there is one pass.
+  bool is_known = a.passes == 1 && share.low < share.high;
+  MlaWidePages pages(a, log_box, share.batch, mla_first_token(a, share),
+                     is_known ? share.length : 0);
   MlaWalk walk;
   walk.begin(a, share);
   int b = 0, n = 0;
@@ -203,7 +207,8 @@ __device__ __forceinline__ void mla_wide_load(const MlaArgs& a, const MlaWideMap
   while (walk.advance(a, share)) {
     bool is_unlisted = speaks && walk.token == 0;
     if (mla_wide_first_row(a, walk.pass) >= a.rows) continue;  // the pair's other CTA has them all
-    MlaWidePages pages(a, log_box, walk);
+    if (!is_known) pages = MlaWidePages(a, log_box, walk.b, walk.token, walk.end);
+    is_known = false;
     note(0);
 #pragma unroll 1
     for (int first = walk.token; first < walk.end; first += kMlaWideBlock, ++b) {
