@@ -114,7 +114,7 @@ struct MlaDecodeConfig {
 };
 
 constexpr std::int64_t kMlaUnitBytes = 32;
-constexpr int kMlaCombineThreads = 1024;  // of a multiprocessor at once
+constexpr int kMlaCombineThreads = 512;  // of a multiprocessor
 
 // How work is cut, given how rows and stages are dealt: the rest of a configuration.  `slots`: CTAs
 // that run at once, or pairs of them.
@@ -140,18 +140,17 @@ constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t slots, std::in
   const bool cut = c.split > 0 ? c.pieces > 1 : c.ctas > 1;
   c.partials = !cut ? 0 : c.split > 0 ? items * c.pieces : 2 * c.ctas;
   if (!cut && !s.expands) c.units = 0;
-  // Lanes for a third to a half of the partial results that an item may have; with split_size a
-  // constant, because the order of summation must not depend on the batch.
+  // Lanes for at most three of the partial results that an item may have, but no more than leave a
+  // multiprocessor few threads of the combination: all of them start when the attention kernel ends
+  // there, and issue the same instructions one after the other.  With split_size a constant, because
+  // the order of summation must not depend on the batch.
   const std::int64_t cuts = ceil_div<std::int64_t>(c.ctas, items < 1 ? 1 : items) + 1;
-  c.combine_lanes = c.split > 0 ? 8 : 1;
-  while (c.split == 0 && c.combine_lanes < kMlaMostLanes && c.combine_lanes * 5 < cuts * 2)
-    c.combine_lanes *= 2;
-  // No more lanes than let all threads of the combination run at once: a second wave of its CTAs
-  // starts when the first has ended.
   const std::int64_t item_rows = s.rows < 16 * c.groups ? s.rows : 16 * c.groups;
-  while (c.split == 0 && c.combine_lanes > 1 &&
-         items * item_rows * (c.rank / 4) * c.combine_lanes > sms * kMlaCombineThreads)
-    c.combine_lanes /= 2;
+  const std::int64_t threads = items * item_rows * (c.rank / 8);  // of a lane
+  c.combine_lanes = c.split > 0 ? 8 : 1;
+  while (c.split == 0 && c.combine_lanes < kMlaMostLanes && c.combine_lanes * 3 < cuts &&
+         c.combine_lanes * 2 * threads <= sms * kMlaCombineThreads)
+    c.combine_lanes *= 2;
   const std::int64_t rows = c.partials * 16 * c.groups;
   c.sums_offset = rows * 8;
   c.units_offset = c.sums_offset + rows * c.rank * 4;

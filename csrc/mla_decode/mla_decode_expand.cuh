@@ -102,15 +102,15 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
       if (!a.finds_units) sm90::grid_dependency_wait();
       MlaUnit unit = {};
       if (a.finds_units)
-        unit = mla_find_unit(a.line, row.item);
+        unit = mla_find_unit<false>(a.line, row.item);
       else if (is_mine)
         unit = a.units[row.item];
       if (!is_mine) unit.count = 0;
-      MlaFold fold(a.stats, a.sums, unit, a.pass.divisor, row.row_in_pass, a.rank_quads, quad, k0,
+      MlaFold<1> fold(a.stats, a.sums, unit, a.pass.divisor, row.row_in_pass, a.rank_quads, quad, k0,
                    a.lanes);
       sm90::grid_dependency_wait();
       sm90::grid_launch_dependents();
-      MlaPart mine;
+      MlaPart<1> mine;
       uint2 words = {0, 0};
       if (unit.count > 1)
         mine = fold.gather<kMlaExpandAtOnce>();
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
 #pragma unroll 1
       for (int left = a.lanes; left > 1;) {  // lanes: a tree, whose shape depends on nothing else
         const int half = (left + 1) / 2;
-        if (k0 >= half && k0 < left) sums[thread] = mine.o, stats[thread] = {mine.top, mine.sum};
+        if (k0 >= half && k0 < left) sums[thread] = mine.o[0], stats[thread] = {mine.top, mine.sum};
         __syncthreads();
         const int other = thread + half * a.slots.divisor;
         if (k0 + half < left) mine.add(sums[other], stats[other]);
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
       }
       if (!is_mine || k0 > 0) continue;
       if (unit.count > 1) {
-        const float inverse = mine.inverse();
-        words = {pack<T>(mine.o.x * inverse, mine.o.y * inverse),
-                 pack<T>(mine.o.z * inverse, mine.o.w * inverse)};
+        const float inverse = mla_inverse(mine.sum);
+        mla_scale(mine.o[0], inverse);
+        words = {pack<T>(mine.o[0].x, mine.o[0].y), pack<T>(mine.o[0].z, mine.o[0].w)};
         if (quad == 0 && blockIdx.z == 0) a.lse[row.index(a)] = mla_lse(mine.top, mine.sum);
       }
       const unsigned to = rows + r * a.pitch + quad * 8;

@@ -17,15 +17,114 @@ static_assert(kMlaWalksOffset + kMlaWarps * sizeof(MlaWalk) <= kMlaLimitsOffset,
               "statistics, steps, shares and walks fit before the merge");
 
 struct MlaMerge {
-  float2 (*stats)[16];   // [warps]: reference and sum of a warp's rows
-  float2 (*merged)[16];  // [groups]: of the group's rows over all streams
-  float* columns;        // [warps][16][mla_merge_stride(parts)]
+  float2 (*stats)[16];  // [warps]: reference and sum of a warp's rows
+  float* columns;       // [warps][16][mla_merge_stride(parts)]
 
   __device__ __forceinline__ explicit MlaMerge(unsigned char* smem)
       : stats(reinterpret_cast<float2 (*)[16]>(smem + kMlaStatsOffset)),
-        merged(reinterpret_cast<float2 (*)[16]>(smem + kMlaStatsOffset + kMlaWarps * 128)),
         columns(reinterpret_cast<float*>(smem + kMlaMergeOffset)) {}
 };
+
+// Where a thread's four columns of a row are added up, and what each of kWorkers' o counts there.
+template <int kWorkers>
+struct MlaMergeRow {
+  float scale[kWorkers];
+  char* to;  // of column 4 * (thread % 8)
+
+  // Writes the row's statistics, too.
+  __device__ __forceinline__ void begin(const MlaArgs& a, const MlaMerge& m, const MlaPlace& place,
+                                        const MlaStep& step, int row, int rank) {
+    const float2* at = &m.stats[place.group][row];
+    float2 v[kWorkers];
+#pragma unroll
+    for (int n = 0; n < kWorkers; ++n, at += a.groups * 16) v[n] = *at;
+    float top = v[0].x, sum = 0.f;
+#pragma unroll
+    for (int n = 1; n < kWorkers; ++n) top = fmaxf(top, v[n].x);
+    const float base = top == -kInfinity ? 0.f : top;
+#pragma unroll
+    for (int n = 0; n < kWorkers; ++n) {
+      scale[n] = exp2_approx(v[n].x - base);
+      sum += v[n].y * scale[n];
+    }
+    const int in_item = place.group * 16 + row, first = step.pass * a.groups * 16 + in_item;
+    const int quad = place.lane % 8;
+    const bool is_one = quad == 0 && place.worker < 4;
+    if (step.partial >= 0) {
+      const std::int64_t kept = step.partial * a.groups * 16 + in_item;
+      if (is_one) a.stats[kept] = {top, sum};
+      to = reinterpret_cast<char*>(a.sums + kept * rank + quad * 4);
+    } else {
+      const std::int64_t out = static_cast<std::int64_t>(step.b) * a.rows + first;
+      if (is_one && first < a.rows) a.lse[out] = mla_lse(top, sum);
+      to = static_cast<char*>(a.o) + (out * a.R + quad * 4) * 2;
+      const float inverse = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+#pragma unroll
+      for (int n = 0; n < kWorkers; ++n) scale[n] *= inverse;
+    }
+    if (first >= a.rows) to = nullptr;
+  }
+};
+
+// The second half of mla_finish: kWorkers leave their o, row by row, and each adds 32 columns of
+// four rows at a time of all, so that lines go whole and no bank is met twice.  A thread stays with
+// its row.
+template <int kWorkers, typename T, typename S>
+__device__ __forceinline__ void mla_merge(const MlaArgs& a, const MlaRows<T, S>& rows,
+                                        const MlaMerge& m, const MlaPlace& place,
+                                        const MlaStep& step) {
+  constexpr int kParts = S::kRank / 32, kRows = kWorkers < 4 ? 4 / kWorkers : 1;
+  constexpr int kThreads = 32 * kWorkers, kAside = kWorkers < 4 ? 1 : kWorkers / 4;
+  const int lane = place.lane, parts = a.merge_parts, stride = mla_merge_stride(parts);
+  const int row = (place.worker * 4 + lane / 8) % 16, aside = place.worker / 4;
+  const bool is_partial = step.partial >= 0;
+  MlaMergeRow<kWorkers> mine[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    mine[i].begin(a, m, place, step, row + 4 * kWorkers * i, S::kRank);
+#pragma unroll 1
+  for (int from = 0; from < kParts; from += parts) {
+    float* left = m.columns + (place.warp * 16 + lane / 4) * stride + lane % 4 * 2;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+      if (part >= from && part < from + parts) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float (&o)[4] = rows.o[part * 4 + j];
+          *reinterpret_cast<float2*>(left + 8 * j) = {o[0], o[1]};
+          *reinterpret_cast<float2*>(left + 8 * j + 8 * stride) = {o[2], o[3]};
+        }
+        left += 32;
+      }
+    named_barrier(place.group_barrier, kThreads);
+    const float* share = m.columns + (place.group * 16 + row) * stride + lane % 8 * 4;
+    const int hop = a.groups * 16 * stride;  // to the next worker's
+#pragma unroll 1
+    for (int part = aside; part < min(parts, kParts - from); part += kAside) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const float* at = share + part * 32 + 4 * kWorkers * i * stride;
+        float4 o[kWorkers], v = {};
+#pragma unroll
+        for (int n = 0; n < kWorkers; ++n, at += hop) o[n] = *reinterpret_cast<const float4*>(at);
+#pragma unroll
+        for (int n = 0; n < kWorkers; ++n) {
+          const float scale = mine[i].scale[n];
+          v.x += o[n].x * scale, v.y += o[n].y * scale;
+          v.z += o[n].z * scale, v.w += o[n].w * scale;
+        }
+        if (mine[i].to == nullptr) continue;
+        const int column = (from + part) * 32;
+        if (is_partial)
+          *reinterpret_cast<float4*>(mine[i].to + column * 4) = v;
+        else if (column + lane % 8 * 4 < a.R)
+          *reinterpret_cast<uint2*>(mine[i].to + column * 2) = {pack<T>(v.x, v.y),
+                                                                pack<T>(v.z, v.w)};
+      }
+    }
+    if (from + parts < kParts) named_barrier(place.group_barrier, kThreads);
+  }
+}
 
 // Adds the results of a group's workers, the warps with the same rows, and writes them: the item's
 // o and lse, or a partial result.  They call it together; those without tokens bring zeros.
@@ -33,104 +132,24 @@ template <typename T, typename S>
 __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows, const MlaMerge& m,
                                            const MlaStep& step) {
   const MlaPlace place(a, thread_index());
-  const int worker = place.worker, workers = place.workers, group = place.group;
-  const int groups = a.groups, barrier = place.group_barrier, warp = place.warp;
-  const int lane = place.lane, g = lane / 4, t = lane % 4;
-  float scale[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float sum = rows.sum[i];
     sum += __shfl_xor_sync(kWarp, sum, 1);
     sum += __shfl_xor_sync(kWarp, sum, 2);
-    if (t == 0) m.stats[warp][g + 8 * i] = {rows.reference[i], sum};
+    if (place.lane % 4 == 0)
+      m.stats[place.warp][place.lane / 4 + 8 * i] = {rows.reference[i], sum};
   }
-  named_barrier(barrier, 32 * workers);
-  // Lane t looks at workers t and t + 4, at both rows before anything is made of one.
-  float2 v[2][2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      v[i][n] = {-kInfinity, 0.f};
-      if (t + 4 * n < workers) v[i][n] = m.stats[(t + 4 * n) * groups + group][g + 8 * i];
-    }
-  float2 whole[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float top = fmaxf(v[i][0].x, v[i][1].x);
-    top = fmaxf(top, __shfl_xor_sync(kWarp, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(kWarp, top, 2));
-    const float base = top == -kInfinity ? 0.f : top;
-    scale[i] = exp2_approx(rows.reference[i] - base);
-    float sum =
-        v[i][0].y * exp2_approx(v[i][0].x - base) + v[i][1].y * exp2_approx(v[i][1].x - base);
-    sum += __shfl_xor_sync(kWarp, sum, 1);
-    sum += __shfl_xor_sync(kWarp, sum, 2);
-    whole[i] = {top, sum};
-  }
-  if (worker == 0 && t == 0) m.merged[group][g] = whole[0], m.merged[group][g + 8] = whole[1];
-
-  const std::int64_t partial = step.partial;
-  const int first = (step.pass * groups + group) * 16;  // of the group's rows in the sequence
-  const std::int64_t out = static_cast<std::int64_t>(step.b) * a.rows + first;
-  const std::int64_t kept = (partial * groups + group) * 16;
-  constexpr int kParts = S::kRank / 32;
-  const int parts = a.merge_parts, stride = mla_merge_stride(parts), threads = 32 * workers;
-#pragma unroll
-  for (int j = 0; j < S::kRank / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rows.o[j][i] *= scale[i / 2];
-#pragma unroll 1
-  for (int from = 0; from < kParts; from += parts) {
-    float* mine = m.columns + (warp * 16 + g) * stride + 2 * t;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part)
-      if (part >= from && part < from + parts) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float (&o)[4] = rows.o[part * 4 + j];
-          *reinterpret_cast<float2*>(mine + 8 * j) = {o[0], o[1]};
-          *reinterpret_cast<float2*>(mine + 8 * j + 8 * stride) = {o[2], o[3]};
-        }
-        mine += 32;
-      }
-    named_barrier(barrier, threads);
-    // Four columns each: 8 neighbours share a row's 32, so no bank is met twice and lines go whole.
-    // A short loop: it runs once an item, and two of its rounds side by side were no faster.
-    const int units = min(parts, kParts - from) * 128;
-#pragma unroll 1
-    for (int i = worker * 32 + lane; i < units; i += threads) {
-      const int r = i / 8 % 16, column = i / 128 * 32 + i % 8 * 4, at = from * 32 + column;
-      const float* share = m.columns + (group * 16 + r) * stride + column;
-      float4 v = {};
-#pragma unroll 1
-      for (int s = 0; s < workers; s += 4) {
-        float4 part[4] = {};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (s + k < workers) part[k] = *reinterpret_cast<const float4*>(share);
-          share += groups * 16 * stride;
-        }
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          v.x += part[k].x, v.y += part[k].y, v.z += part[k].z, v.w += part[k].w;
-      }
-      if (first + r >= a.rows) continue;
-      const float2 whole = m.merged[group][r];
-      if (partial >= 0) {
-        st_global_v4(a.sums + (kept + r) * S::kRank + at, v);
-        if (at == 0) a.stats[kept + r] = whole;
-      } else {
-        const float inverse = whole.y == 0.f ? 0.f : __fdividef(1.f, whole.y);
-        const uint2 packed = {pack<T>(v.x * inverse, v.y * inverse),
-                              pack<T>(v.z * inverse, v.w * inverse)};
-        if (at < a.R)
-          *reinterpret_cast<uint2*>(static_cast<char*>(a.o) + ((out + r) * a.R + at) * 2) = packed;
-        if (at == 0) a.lse[out + r] = mla_lse(whole.x, whole.y);
-      }
-    }
-    // After the last round the next end's first barrier says that all have read.
-    if (from + parts < kParts) named_barrier(barrier, threads);
+  // The statistics are there, and the columns of the piece before are read.
+  named_barrier(place.group_barrier, 32 * place.workers);
+  if (place.workers == 8) {
+    mla_merge<8>(a, rows, m, place, step);
+  } else if (S::kTma || place.workers == 4) {  // by TMA, for 32 rows at most, there are no fewer
+    mla_merge<4>(a, rows, m, place, step);
+  } else if (place.workers == 2) {
+    mla_merge<2>(a, rows, m, place, step);
+  } else {
+    mla_merge<1>(a, rows, m, place, step);
   }
 }
 

@@ -7,20 +7,30 @@
 namespace zebra {
 namespace {
 
-// o = sum_k 2^(m_k - m) o_k of some partial results, not yet divided by sum_k 2^(m_k - m) l_k.
+__device__ __forceinline__ void mla_scale(float4& o, float scale) {
+  o.x *= scale, o.y *= scale, o.z *= scale, o.w *= scale;
+}
+__device__ __forceinline__ void mla_add(float4& o, const float4& other, float scale) {
+  o.x += other.x * scale, o.y += other.y * scale;
+  o.z += other.z * scale, o.w += other.w * scale;
+}
+__device__ __forceinline__ float mla_inverse(float sum) {
+  return sum == 0.f ? 0.f : __fdividef(1.f, sum);
+}
+
+// o = sum_k 2^(m_k - m) o_k of some partial results, not yet divided by sum_k 2^(m_k - m) l_k: four
+// columns, or twice four.
+template <int kQuads>
 struct MlaPart {
-  float4 o = {};
+  float4 o[kQuads] = {};
   float top = -kInfinity, sum = 0.f;
 
   __device__ __forceinline__ void add(float4 other, float2 stats) {
+    static_assert(kQuads == 1);
     const float most = fmaxf(top, stats.x), base = most == -kInfinity ? 0.f : most;
     const float x = exp2_approx(top - base), y = exp2_approx(stats.x - base);
     top = most, sum = sum * x + stats.y * y;
-    o.x = o.x * x + other.x * y, o.y = o.y * x + other.y * y;
-    o.z = o.z * x + other.z * y, o.w = o.w * x + other.w * y;
-  }
-  __device__ __forceinline__ float inverse() const {
-    return sum == 0.f ? 0.f : __fdividef(1.f, sum);
+    mla_scale(o[0], x), mla_add(o[0], other, y);
   }
 };
 
@@ -32,9 +42,10 @@ __device__ __forceinline__ void mla_have(int value) {
 // The partial results lane, lane + lanes, ... of an item.  Where they lie is made up before the
 // attention kernel has ended: behind its end every instruction is waited for, because it comes from
 // L2 when it is first executed.
+template <int kQuads>
 struct MlaFold {
   const float2* stats;  // [partials, pass_rows]
-  const float4* sums;   // [partials, pass_rows, quads], from this thread's four columns on
+  const float4* sums;   // [partials, pass_rows, kQuads, quads], from this thread's four columns on
   int next, after;      // rows of the thread's next partial result and of the one after it
   int stride;           // rows from there to the next
   int k, count, lanes, quads;
@@ -57,35 +68,47 @@ struct MlaFold {
     mla_have(next ^ after ^ stride);
   }
 
-  // kAtOnce: asked for together.
+  // Asks for the next kAtOnce, together; those that are not there are nothing.
   template <int kAtOnce>
-  __device__ __forceinline__ MlaPart gather() {
-    MlaPart mine;
+  __device__ __forceinline__ void ask(float4 (&o)[kAtOnce][kQuads], float2 (&s)[kAtOnce]) {
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const bool is_there = k + n * lanes < count;
+      const int row = n == 0 ? next : after + (n - 1) * stride;
+      const float4* const from = sums + static_cast<std::int64_t>(row) * (kQuads * quads);
+      s[n] = {-kInfinity, 0.f};
+      if (is_there) s[n] = stats[row];
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        o[n][q] = {};
+        if (is_there) o[n][q] = from[q * quads];
+      }
+    }
+    next = after + (kAtOnce - 1) * stride, after += kAtOnce * stride;
+    k += kAtOnce * lanes;
+  }
+  template <int kAtOnce>
+  __device__ __forceinline__ MlaPart<kQuads> gather() {
+    MlaPart<kQuads> mine;
 #pragma unroll 1
-    for (; k < count; k += kAtOnce * lanes) {
-      float4 o[kAtOnce];
+    while (k < count) {
+      float4 o[kAtOnce][kQuads];
       float2 s[kAtOnce];
       float top = mine.top;
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        s[n] = {-kInfinity, 0.f}, o[n] = {};
-        if (k + n * lanes >= count) continue;
-        const int row = n == 0 ? next : after + (n - 1) * stride;
-        s[n] = stats[row], o[n] = sums[static_cast<std::int64_t>(row) * quads];
-      }
-      next = after + (kAtOnce - 1) * stride, after += kAtOnce * stride;
+      ask<kAtOnce>(o, s);
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) top = fmaxf(top, s[n].x);
       const float base = top == -kInfinity ? 0.f : top;
       const float shrink = exp2_approx(mine.top - base);
       mine.sum *= shrink, mine.top = top;
-      mine.o.x *= shrink, mine.o.y *= shrink, mine.o.z *= shrink, mine.o.w *= shrink;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) mla_scale(mine.o[q], shrink);
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         const float scale = exp2_approx(s[n].x - base);
         mine.sum += s[n].y * scale;
-        mine.o.x += o[n].x * scale, mine.o.y += o[n].y * scale;
-        mine.o.z += o[n].z * scale, mine.o.w += o[n].w * scale;
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) mla_add(mine.o[q], o[n][q], scale);
       }
     }
     return mine;

@@ -81,7 +81,7 @@ inline Status mla_arguments(const MlaDecodeParams& p, const MlaDecodeConfig& c, 
 
 template <typename T>
 Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream_t stream) {
-  const int rows = 16 * c.groups, quads = c.rank / 4;
+  const int rows = 16 * c.groups, quads = c.rank / 8;
   MlaCombineArgs args = {};
   args.line = a, args.finds_units = a.unit_per_item && a.batch <= kMlaLineThreads;
   args.units = a.units, args.stats = a.stats;
@@ -92,8 +92,8 @@ Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream
   while (1 << args.log_lanes < c.combine_lanes) ++args.log_lanes;
   const int used = rows < a.rows ? rows : a.rows;
   args.parts = ceil_div(used * quads, 32 * kMlaWarps / c.combine_lanes);
-  // Two waves at most: where nobody cut an item, all that its CTAs do is start.
-  const std::int64_t most = mla_attribute(cudaDevAttrMultiProcessorCount) * 8 / c.units;
+  // One wave at most: where nobody cut an item, all that its CTAs do is start.
+  const std::int64_t most = mla_attribute(cudaDevAttrMultiProcessorCount) * 2 / c.units;
   const int parts = args.parts < most ? args.parts : most > 1 ? static_cast<int>(most) : 1;
   const dim3 grid(static_cast<unsigned>(c.units), static_cast<unsigned>(parts));
   return mla_launch_kernel({true, 1}, mla_combine_kernel<T>, grid, 32 * kMlaWarps, 0, stream, args);

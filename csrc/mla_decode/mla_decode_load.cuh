@@ -112,31 +112,27 @@ struct MlaLoader {
     prefetch_l2(table + a.page.quotient(min(token + kMlaTableAhead, walk.end - 1)));
     return entry;
   }
-  // The entry for the stream's first stage of a share, made without the walk; negative where that
-  // does not say it.
-  static __device__ __forceinline__ int first_page(const MlaArgs& a, const MlaShare& s,
-                                                   int stream) {
-    const int token = mla_first_token(a, s) + S::kStage * stream;
-    if (a.passes > 1 || s.low >= s.high || token >= s.length) return -1;
-    return __ldcg(a.block_table + s.batch * a.table_stride + a.page.quotient(token));
+  // The stream's first stage of a share, made without the walk to it: its first token, or -1 where
+  // it is empty or there are several passes.
+  static __device__ __forceinline__ int first_token(const MlaArgs& a, const MlaShare& s,
+                                                    int stream) {
+    if (a.passes > 1 || s.low >= s.high) return -1;
+    const int from = max(0, s.low - s.start - a.item_cost);
+    const int until =
+        min(a.is_split ? from + 1 : s.units, min(s.units, s.high - s.start - a.item_cost));
+    const int token = from * a.unit.divisor + S::kStage * stream;
+    return token < (until == s.units ? s.length : until * a.unit.divisor) ? token : -1;
   }
   static __device__ __forceinline__ int valid(const MlaArgs& a, int page) {
     return min(max(page, 0), a.pages - 1);
   }
-  // Starts the TMA of the next stage, which arrives at the barrier `full`, when barrier `empty`
-  // says that its place is free (0: it is).  Rows past the end of the sequence come as they lie in
-  // the page.  `known`: the table's entry where it is known, or negative.  `share_tokens`: about as
-  // many as the CTA brings in all.  One lane.
-  static __device__ __forceinline__ void fetch(const MlaArgs& a, const MlaMaps& maps,
-                                               const MlaWalk& walk, int known, unsigned stage,
-                                               unsigned full, unsigned empty, int parity,
+  // Starts the TMA of the stage from cached token `token` on, which lies in `page` and arrives at the
+  // barrier `full`.  Rows past the end of the sequence come as they lie in the page.
+  // `share_tokens`: about as many as the CTA brings in all.  One lane.
+  static __device__ __forceinline__ void bring(const MlaArgs& a, const MlaMaps& maps, int token,
+                                               int page, unsigned stage, unsigned full,
                                                unsigned share_tokens) {
-    const bool is_empty = walk.stage >= walk.end;
-    int page = known;  // asked for first: nothing takes longer
-    if (!is_empty && known < 0) page = MlaLoader::page(a, walk, walk.stage, true);
-    if (empty != 0) sm90::mbarrier_poll(empty, parity);
-    if (is_empty) return;
-    const int row = a.page.rest(walk.stage);
+    const int row = a.page.rest(token);
     page = valid(a, page);
     constexpr unsigned kRowBytes = S::kWidth * 2;
     const bool is_once =

@@ -108,7 +108,9 @@ struct MlaDeal {
   // Whose a unit is.
   __device__ __forceinline__ int owner(int place) const {
     const int of_larger = larger * (each + 1);
-    return place < of_larger ? place / (each + 1) : larger + (place - of_larger) / each;
+    const bool is_larger = place < of_larger;
+    const int from = is_larger ? place : place - of_larger, size = each + is_larger;  // one division
+    return (is_larger ? 0 : larger) + from / size;
   }
 };
 
@@ -275,30 +277,39 @@ __device__ __forceinline__ MlaUnit mla_unit_of(const MlaLine& a, int item, int t
   }
   return u;
 }
-// It, found by a warp from the lengths of a batch up to kMlaLaneBatch.
+// It, found by a warp from the lengths.  Up to kMlaLaneBatch sequences lanes may look for different
+// items; of more, if there can be (kMore), every lane has a run.
+template <bool kMore>
 __device__ __forceinline__ MlaUnit mla_find_unit(const MlaLine& a, int item) {
   const int lane = threadIdx.x % 32, b = item / a.passes;
-  int units = 0;
-  if (lane < a.batch) units = mla_units(a, mla_length(a, lane));
-  const int weight = mla_weight(a, units), until = mla_scan(weight, lane);
-  return mla_unit_of(a, item, __shfl_sync(kWarp, until, 31), __shfl_sync(kWarp, until - weight, b),
-                     __shfl_sync(kWarp, units, b));
-}
-// It, found by all kMlaWarps warps of a CTA; `scratch` is shared memory for kMlaWarps + 2 ints.
-__device__ __forceinline__ MlaUnit mla_find_unit(const MlaLine& a, int item, int* scratch) {
-  const auto barrier = [] { __syncthreads(); };
-  const int b = item / a.passes;
-  MlaRun run;
-  run.begin(a, mla_first_length(a), scratch, barrier);
-  int* const found = scratch + kMlaWarps;
-  if (b >= run.first && b < run.last)
-    run.search(a, [&](int at, int start, int, int units) {
-      if (at != b) return false;
-      found[0] = start, found[1] = units;
-      return true;
-    });
-  __syncthreads();
-  return mla_unit_of(a, item, run.total, found[0], found[1]);
+  int weight = 0, before = 0, units = 0;  // of the run; up to b in it; of b
+  int owner = b;
+  if (!kMore || a.batch <= kMlaLaneBatch) {
+    if (lane < a.batch) units = mla_units(a, mla_length(a, lane));
+    weight = mla_weight(a, units);
+  } else {
+    constexpr int kAtOnce = 4;
+    const int run = (a.batch + 31) / 32;
+    owner = b / run;
+#pragma unroll 1
+    for (int i = 0; i < run; i += kAtOnce) {
+      const int at = lane * run + i;
+      int length[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n)
+        length[n] = i + n < run && at + n < a.batch ? mla_length(a, at + n) : 0;
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int more = mla_units(a, length[n]);
+        if (at + n == b) before = weight, units = more;
+        weight += mla_weight(a, more);
+      }
+    }
+  }
+  const int until = mla_scan(weight, lane);
+  return mla_unit_of(a, item, __shfl_sync(kWarp, until, 31),
+                     __shfl_sync(kWarp, until - weight + before, owner),
+                     __shfl_sync(kWarp, units, owner));
 }
 
 // What the warps of a team know of a stage in their ring.

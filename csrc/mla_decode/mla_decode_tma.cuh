@@ -20,36 +20,53 @@ static_assert(kMlaEmptyOffset + 8 * kMlaMostStages <= kMlaStatsOffset,
               "barriers fit before statistics");
 static_assert(kMlaTmaThreads % 128 == 0 && kMlaWarps % 4 == 0, "warpgroups have one purpose");
 
-// The stages of a stream, until the last one, which says that there are no more.  One lane.
+// The stages of a stream, until the last one, which says that there are no more.  The first one is
+// asked for before the walk to it.  `share` stays in shared memory: registers are few.  One lane.
 template <typename S>
 __device__ __forceinline__ void mla_produce(const MlaArgs& a, const MlaMaps& maps,
                                             const MlaShare& share, int stream,
                                             unsigned char* smem) {
+  using Loader = MlaLoader<S>;
   MlaStep* const steps =
       reinterpret_cast<MlaStep*>(smem + kMlaStepsOffset) + stream * kMlaMostSlots;
   const unsigned base = smem_addr(smem), first = stream * a.slots;
-  int known = MlaLoader<S>::first_page(a, share, stream);
+  const unsigned share_tokens =
+      static_cast<unsigned>(share.each) * static_cast<unsigned>(a.unit.divisor);
+  int token = Loader::first_token(a, share, stream), page = 0;
+  if (token >= 0)
+    page = __ldcg(a.block_table + share.batch * a.table_stride + a.page.quotient(token));
+  bool is_ahead = token >= 0, is_unlisted = false;
   MlaWalk walk;
   walk.begin(a, share);
   int slot = 0, parity = -1;  // of the empty barrier's phase; -1: nobody has the stage yet
-  bool is_unlisted = false;
 #pragma unroll 1
   for (;;) {
-    // Not between the first stages; the walk is at the item until the piece's last one.
-    if (is_unlisted && (parity >= 0 || (walk.flags & MlaStep::kLast))) {
-      walk.list(a, share);
-      is_unlisted = false;
+    const unsigned stage = first + slot, full = base + 64 + stage * 8;
+    bool is_asked = false;
+#pragma unroll 1
+    for (;; is_ahead = false) {  // to the stage and its copy, once each
+      if (!is_ahead) {
+        // Not between the first stages; the walk is at the item until the piece's last one.
+        if (is_unlisted && (parity >= 0 || (walk.flags & MlaStep::kLast))) {
+          walk.list(a, share);
+          is_unlisted = false;
+        }
+        Loader::advance(a, share, walk, stream);
+        if (is_asked) break;
+        token = walk.stage < walk.end ? walk.stage : -1;
+        if (token >= 0) page = Loader::page(a, walk, token, true);
+      }
+      if (parity >= 0) sm90::mbarrier_poll(base + kMlaEmptyOffset + stage * 8, parity);
+      if (token >= 0)
+        Loader::bring(a, maps, token, page, base + a.ring_offset + stage * S::kStageBytes, full,
+                      share_tokens);
+      is_asked = true;
+      if (!is_ahead) break;
     }
-    MlaLoader<S>::advance(a, share, walk, stream);
-    const unsigned stage = first + slot;
-    const unsigned full = base + 64 + stage * 8;
-    MlaLoader<S>::fetch(a, maps, walk, known, base + a.ring_offset + stage * S::kStageBytes, full,
-                        parity < 0 ? 0 : base + kMlaEmptyOffset + stage * 8, parity,
-                        static_cast<unsigned>(share.each) * static_cast<unsigned>(a.unit.divisor));
-    known = -1;
+    is_ahead = false;
     // What the stage is, while it is on its way; the barrier waits for this arrival too.
     steps[slot].note(a, walk);
-    sm90::mbarrier_expect(full, walk.stage >= walk.end ? 0 : S::kStageBytes);
+    sm90::mbarrier_expect(full, token >= 0 ? S::kStageBytes : 0);
     if (walk.flags == MlaStep::kStop) return;
     is_unlisted |= stream == 0 && (walk.flags & MlaStep::kFirst) && walk.token == 0;
     if (++slot == a.slots) slot = 0, parity = parity < 0 ? 0 : parity ^ 1;
@@ -84,8 +101,7 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
     named_barrier(kMlaBarrierKnown, kMlaTmaThreads);
     if (lane != 0 || stream >= a.streams) return;
     if (stream == 0 && !a.unit_per_item && a.unit_count > 0) a.units[blockIdx.x] = MlaUnit{};
-    const MlaShare share = known;
-    mla_produce<S>(a, maps, share, stream, smem);
+    mla_produce<S>(a, maps, known, stream, smem);
     return;
   }
   sm90::registers_increase<232>();

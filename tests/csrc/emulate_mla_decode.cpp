@@ -134,9 +134,8 @@ void units_are_found() {
   };
   std::mt19937 random(9);
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
-  constexpr int kItems = 4;  // of a batch that a CTA finds
+  constexpr int kItems = 4;  // of a batch that a warp finds
   const auto item_of = [](int k, int items) { return k * (items - 1) / (kItems - 1); };
-  static int scratch[zebra::kMlaWarps + 2];
   std::vector<Batch> batches(120);
   for (std::size_t n = 0; n < batches.size(); ++n) {
     Batch& batch = batches[n];
@@ -158,12 +157,11 @@ void units_are_found() {
       for (Batch& batch : batches) {
         const int items = batch.a.batch * batch.a.passes;
         if (batch.a.batch <= zebra::kMlaLaneBatch) {
-          batch.found[i] = zebra::mla_find_unit(batch.a, i % items);
+          batch.found[i] = zebra::mla_find_unit<true>(batch.a, i % items);
         } else {
           for (int k = 0; k < kItems; ++k) {
-            const MlaUnit found = zebra::mla_find_unit(batch.a, item_of(k, items), scratch);
+            const MlaUnit found = zebra::mla_find_unit<true>(batch.a, item_of(k, items));
             if (i == k * 37 % cuda_on_host::kThreads) batch.found[k] = found;  // any thread's
-            __syncthreads();
           }
         }
         __syncthreads();

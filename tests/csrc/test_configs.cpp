@@ -213,6 +213,9 @@ void mla_decode_tiles_fit() {
                      "%ld + %ld", r, e);
               EXPECT(std::int64_t{16} * c.groups * c.passes >= rows, "%ld rows",
                      static_cast<long>(rows));
+              const int workers = c.streams * c.halves;  // that an item's end knows by TMA
+              EXPECT(!tma || rows > 32 || workers == 4 || workers == 8, "%ld + %ld: %d", r, e,
+                     workers);
               EXPECT(c.split % zebra::kMlaTmaStage == 0 && c.split >= split, "split %ld",
                      static_cast<long>(split));
               EXPECT(c.split == 0 || c.pieces * c.split >= 5000, "split %ld",
@@ -251,7 +254,7 @@ void mla_wide_tiles_fit() {
   constexpr zebra::MlaDecodeConfig c =
       zebra::select_mla_wide_config({64, 128, 512, 64, 8192, 0, true}, 132);
   static_assert(c.ctas == 64 && c.groups == 8 && c.passes == 1 && c.slots == 2);
-  // One wave of the combination, 4 CTAs a multiprocessor.
+  // A combination of few threads a multiprocessor.
   constexpr zebra::MlaDecodeConfig eight =
       zebra::select_mla_wide_config({8, 128, 512, 64, 8192, 0, true}, 132);
   static_assert(eight.ctas == 64 && eight.combine_lanes == 1);
