@@ -127,7 +127,7 @@ def cases(device: str) -> list[Case]:
         for p in projections(size):
             count = max(2, min(48, CHAIN_BYTES // (2 * p.weights)))
             plain = Projection(p.name, p.weights // p.K, p.K)
-            for rows in (1, 16, 64, 128):
+            for rows in (1, 16, 32, 64, 128):
                 out.append(case(plain, rows, count, torch.bfloat16, "plain"))
                 out.append(case(p, rows, count, torch.bfloat16, "fused"))
     return out
