@@ -36,6 +36,9 @@ def _seed_and_poison() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    # Several workers share a GPU, and some tests fill a good part of it.
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 4 << 30:
+        torch.cuda.empty_cache()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
