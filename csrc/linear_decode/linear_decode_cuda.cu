@@ -15,7 +15,6 @@
 #include "common/cuda/launch.h"
 #include "common/cuda/mma.cuh"
 #include "common/cuda/vec.cuh"
-#include "common/sm90/ptx.cuh"
 #include "linear_decode/linear_decode.h"
 #include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
@@ -211,8 +210,7 @@ Status with_tokens(const LinearDecodeParams& p, CUstream_st* stream) {
   return c.tokens == 16 ? with_form<T, 16>(p, c, stream) : with_form<T, 32>(p, c, stream);
 }
 
-// ---- bias, activation, residual of products in memory: a thread a vector, all reads at once.  The
-// launch is one more between two products, so it starts while the first one drains.
+// ---- bias, activation, residual of products in memory: a thread a vector, all reads at once
 
 constexpr int kEndThreads = 256;
 
@@ -222,8 +220,6 @@ __global__ void __launch_bounds__(kEndThreads)
   const LinearDecodeParams& p = e.p;
   const unsigned of_row = blockIdx.x % ctas_of_row;
   const std::int64_t row = blockIdx.x / ctas_of_row;
-  sm90::grid_dependency_wait();
-  sm90::grid_launch_dependents();
   const std::int64_t n =
       (static_cast<std::int64_t>(of_row) * kEndThreads + threadIdx.x) * std::int64_t{kVec};
   if (n >= p.outputs) return;
@@ -253,9 +249,9 @@ Status start_epilogue(const LinearDecodeEnds& e, CUstream_st* stream) {
   const std::int64_t of_row = ceil_div<std::int64_t>(e.p.outputs, kVec * kEndThreads);
   const std::int64_t blocks = e.p.rows * of_row;
   if (blocks >= std::int64_t{1} << 31) return {"at most 2^39 outputs"};
-  return launch_dependent(linear_decode_epilogue_kernel<T, kVec>,
-                          dim3(static_cast<unsigned>(blocks)), kEndThreads, 0, stream, e,
-                          static_cast<unsigned>(of_row));
+  linear_decode_epilogue_kernel<T, kVec>
+      <<<static_cast<unsigned>(blocks), kEndThreads, 0, stream>>>(e, static_cast<unsigned>(of_row));
+  return launch_status();
 }
 
 template <typename T>
