@@ -115,8 +115,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 2) mla_combine_kernel(const Ml
     sm90::grid_launch_dependents();
     if (unit.count < 2) return;
     MlaPart<2> mine;
-    if (is_there)
-      mine = unit.count <= kFew * lanes ? fold.gather<kFew>() : fold.gather<kMany>();
+    if (is_there) mine = unit.count <= kFew * lanes ? fold.gather<kFew>() : fold.gather<kMany>();
     if (lanes > 1) {
       mla_combine_lanes<T>(a, part, mine);
       continue;

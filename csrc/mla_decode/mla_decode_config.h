@@ -142,8 +142,8 @@ constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t slots, std::in
   if (!cut && !s.expands) c.units = 0;
   // Lanes for at most three of the partial results that an item may have, but no more than leave a
   // multiprocessor few threads of the combination: all of them start when the attention kernel ends
-  // there, and issue the same instructions one after the other.  With split_size a constant, because
-  // the order of summation must not depend on the batch.
+  // there, and issue the same instructions one after the other.  With split_size a constant,
+  // because the order of summation must not depend on the batch.
   const std::int64_t cuts = ceil_div<std::int64_t>(c.ctas, items < 1 ? 1 : items) + 1;
   const std::int64_t item_rows = s.rows < 16 * c.groups ? s.rows : 16 * c.groups;
   const std::int64_t threads = items * item_rows * (c.rank / 8);  // of a lane

@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
       else if (is_mine)
         unit = a.units[row.item];
       if (!is_mine) unit.count = 0;
-      MlaFold<1> fold(a.stats, a.sums, unit, a.pass.divisor, row.row_in_pass, a.rank_quads, quad, k0,
-                   a.lanes);
+      MlaFold<1> fold(a.stats, a.sums, unit, a.pass.divisor, row.row_in_pass, a.rank_quads, quad,
+                      k0, a.lanes);
       sm90::grid_dependency_wait();
       sm90::grid_launch_dependents();
       MlaPart<1> mine;

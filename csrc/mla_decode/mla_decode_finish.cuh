@@ -71,8 +71,8 @@ struct MlaMergeRow {
 // its row.
 template <int kWorkers, typename T, typename S>
 __device__ __forceinline__ void mla_merge(const MlaArgs& a, const MlaRows<T, S>& rows,
-                                        const MlaMerge& m, const MlaPlace& place,
-                                        const MlaStep& step) {
+                                          const MlaMerge& m, const MlaPlace& place,
+                                          const MlaStep& step) {
   constexpr int kParts = S::kRank / 32, kRows = kWorkers < 4 ? 4 / kWorkers : 1;
   constexpr int kThreads = 32 * kWorkers, kAside = kWorkers < 4 ? 1 : kWorkers / 4;
   const int lane = place.lane, parts = a.merge_parts, stride = mla_merge_stride(parts);
@@ -137,8 +137,7 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
     float sum = rows.sum[i];
     sum += __shfl_xor_sync(kWarp, sum, 1);
     sum += __shfl_xor_sync(kWarp, sum, 2);
-    if (place.lane % 4 == 0)
-      m.stats[place.warp][place.lane / 4 + 8 * i] = {rows.reference[i], sum};
+    if (place.lane % 4 == 0) m.stats[place.warp][place.lane / 4 + 8 * i] = {rows.reference[i], sum};
   }
   // The statistics are there, and the columns of the piece before are read.
   named_barrier(place.group_barrier, 32 * place.workers);

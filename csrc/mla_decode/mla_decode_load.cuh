@@ -126,8 +126,8 @@ struct MlaLoader {
   static __device__ __forceinline__ int valid(const MlaArgs& a, int page) {
     return min(max(page, 0), a.pages - 1);
   }
-  // Starts the TMA of the stage from cached token `token` on, which lies in `page` and arrives at the
-  // barrier `full`.  Rows past the end of the sequence come as they lie in the page.
+  // Starts the TMA of the stage from cached token `token` on, which lies in `page` and arrives at
+  // the barrier `full`.  Rows past the end of the sequence come as they lie in the page.
   // `share_tokens`: about as many as the CTA brings in all.  One lane.
   static __device__ __forceinline__ void bring(const MlaArgs& a, const MlaMaps& maps, int token,
                                                int page, unsigned stage, unsigned full,

@@ -109,8 +109,8 @@ struct MlaDeal {
   __device__ __forceinline__ int owner(int place) const {
     const int of_larger = larger * (each + 1);
     const bool is_larger = place < of_larger;
-    const int from = is_larger ? place : place - of_larger, size = each + is_larger;  // one division
-    return (is_larger ? 0 : larger) + from / size;
+    const int from = is_larger ? place : place - of_larger;
+    return (is_larger ? 0 : larger) + from / (each + is_larger);  // one division
   }
 };
 
