@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 2) mla_combine_kernel(const Ml
       continue;
     }
     if (!is_there) continue;
-    if (column == 0) a.lse[out + row] = mla_lse(mine.top, mine.sum);
+    if (column == 0) a.lse[part.out + row] = mla_lse(mine.top, mine.sum);
     const float inverse = mla_inverse(mine.sum);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 2) mla_combine_kernel(const Ml
       float4& o = mine.o[half];
       mla_scale(o, inverse);
       if (to < a.R)
-        *reinterpret_cast<uint2*>(static_cast<T*>(a.o) + (out + row) * a.R + to) = {
+        *reinterpret_cast<uint2*>(static_cast<T*>(a.o) + (part.out + row) * a.R + to) = {
             pack<T>(o.x, o.y), pack<T>(o.z, o.w)};
     }
   }

@@ -2,6 +2,7 @@
 // and the rows of sequences without tokens.
 #pragma once
 
+#include "mla_decode/mla_decode_fold.cuh"
 #include "mla_decode/mla_decode_rows.cuh"
 
 namespace zebra {
@@ -10,7 +11,7 @@ namespace {
 // Shared memory before the merge: mbarriers from byte 64 on, statistics, steps and, with cp.async,
 // shares and walks.
 constexpr int kMlaStatsOffset = 512;
-constexpr int kMlaStepsOffset = kMlaStatsOffset + 2 * kMlaWarps * 128;
+constexpr int kMlaStepsOffset = kMlaStatsOffset + kMlaWarps * 128;
 constexpr int kMlaSharesOffset = kMlaStepsOffset + kMlaWarps * kMlaMostSlots * sizeof(MlaStep);
 constexpr int kMlaWalksOffset = kMlaSharesOffset + kMlaWarps * kMlaShareBytes;
 static_assert(kMlaWalksOffset + kMlaWarps * sizeof(MlaWalk) <= kMlaLimitsOffset,
@@ -58,7 +59,7 @@ struct MlaMergeRow {
       const std::int64_t out = static_cast<std::int64_t>(step.b) * a.rows + first;
       if (is_one && first < a.rows) a.lse[out] = mla_lse(top, sum);
       to = static_cast<char*>(a.o) + (out * a.R + quad * 4) * 2;
-      const float inverse = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+      const float inverse = mla_inverse(sum);
 #pragma unroll
       for (int n = 0; n < kWorkers; ++n) scale[n] *= inverse;
     }
@@ -108,11 +109,7 @@ __device__ __forceinline__ void mla_merge(const MlaArgs& a, const MlaRows<T, S>&
 #pragma unroll
         for (int n = 0; n < kWorkers; ++n, at += hop) o[n] = *reinterpret_cast<const float4*>(at);
 #pragma unroll
-        for (int n = 0; n < kWorkers; ++n) {
-          const float scale = mine[i].scale[n];
-          v.x += o[n].x * scale, v.y += o[n].y * scale;
-          v.z += o[n].z * scale, v.w += o[n].w * scale;
-        }
+        for (int n = 0; n < kWorkers; ++n) mla_add(v, o[n], mine[i].scale[n]);
         if (mine[i].to == nullptr) continue;
         const int column = (from + part) * 32;
         if (is_partial)

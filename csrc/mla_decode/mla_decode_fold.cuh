@@ -1,7 +1,8 @@
-// mla_decode on CUDA: how a thread adds up the partial results of four columns of a row, in the
-// combination and in the expansion.
+// mla_decode on CUDA: sums that are weighed by the exponents of their parts, and how a thread of
+// the combination or the expansion adds up the partial results of its columns of a row.
 #pragma once
 
+#include "common/cuda/mma.cuh"
 #include "mla_decode/mla_decode_schedule.cuh"
 
 namespace zebra {
@@ -68,25 +69,7 @@ struct MlaFold {
     mla_have(next ^ after ^ stride);
   }
 
-  // Asks for the next kAtOnce, together; those that are not there are nothing.
-  template <int kAtOnce>
-  __device__ __forceinline__ void ask(float4 (&o)[kAtOnce][kQuads], float2 (&s)[kAtOnce]) {
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const bool is_there = k + n * lanes < count;
-      const int row = n == 0 ? next : after + (n - 1) * stride;
-      const float4* const from = sums + static_cast<std::int64_t>(row) * (kQuads * quads);
-      s[n] = {-kInfinity, 0.f};
-      if (is_there) s[n] = stats[row];
-#pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        o[n][q] = {};
-        if (is_there) o[n][q] = from[q * quads];
-      }
-    }
-    next = after + (kAtOnce - 1) * stride, after += kAtOnce * stride;
-    k += kAtOnce * lanes;
-  }
+  // kAtOnce are asked for together; those that are not there are nothing.
   template <int kAtOnce>
   __device__ __forceinline__ MlaPart<kQuads> gather() {
     MlaPart<kQuads> mine;
@@ -95,7 +78,21 @@ struct MlaFold {
       float4 o[kAtOnce][kQuads];
       float2 s[kAtOnce];
       float top = mine.top;
-      ask<kAtOnce>(o, s);
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const bool is_there = k + n * lanes < count;
+        const int row = n == 0 ? next : after + (n - 1) * stride;
+        const float4* const from = sums + static_cast<std::int64_t>(row) * (kQuads * quads);
+        s[n] = {-kInfinity, 0.f};
+        if (is_there) s[n] = stats[row];
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          o[n][q] = {};
+          if (is_there) o[n][q] = from[q * quads];
+        }
+      }
+      next = after + (kAtOnce - 1) * stride, after += kAtOnce * stride;
+      k += kAtOnce * lanes;
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) top = fmaxf(top, s[n].x);
       const float base = top == -kInfinity ? 0.f : top;

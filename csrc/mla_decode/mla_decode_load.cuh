@@ -117,7 +117,7 @@ struct MlaLoader {
   static __device__ __forceinline__ int first_token(const MlaArgs& a, const MlaShare& s,
                                                     int stream) {
     if (a.passes > 1 || s.low >= s.high) return -1;
-    const int from = max(0, s.low - s.start - a.item_cost);
+    const int from = mla_first_unit(a, s);
     const int until =
         min(a.is_split ? from + 1 : s.units, min(s.units, s.high - s.start - a.item_cost));
     const int token = from * a.unit.divisor + S::kStage * stream;

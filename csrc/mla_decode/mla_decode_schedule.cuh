@@ -88,6 +88,14 @@ __device__ __forceinline__ int mla_weight(const MlaLine& a, int units) {
   return units == 0 ? 0 : a.passes * (units + a.item_cost);
 }
 
+// Whose a unit is, where the first `larger` CTAs have each + 1 of them and the others `each`.
+__device__ __forceinline__ int mla_owner(int each, int larger, int place) {
+  const int of_larger = larger * (each + 1);
+  const bool is_larger = place < of_larger;
+  const int from = is_larger ? place : place - of_larger;
+  return (is_larger ? 0 : larger) + from / (each + is_larger);  // one division
+}
+
 // How a line of `total` units is dealt.
 struct MlaDeal {
   int ctas;          // that have something to do
@@ -104,13 +112,6 @@ struct MlaDeal {
 #pragma unroll 1
       while (larger >= ctas) larger -= ctas, ++each;
     }
-  }
-  // Whose a unit is.
-  __device__ __forceinline__ int owner(int place) const {
-    const int of_larger = larger * (each + 1);
-    const bool is_larger = place < of_larger;
-    const int from = is_larger ? place : place - of_larger;
-    return (is_larger ? 0 : larger) + from / (each + is_larger);  // one division
   }
 };
 
@@ -186,10 +187,8 @@ struct MlaRun {
       total += units;
     }
   }
-  // visit(sequence, where it starts on the line, length, units) until it says that it has found
-  // what it looked for.
-  template <typename Visit>
-  __device__ __forceinline__ void search(const MlaLine& a, Visit visit) {
+  // Tells whose of its sequences a place on the line is: number, start on the line, length, units.
+  __device__ __forceinline__ void find(const MlaLine& a, int place, int* found) {
     int start = before;
     bool is_found = false;
 #pragma unroll 1
@@ -198,9 +197,10 @@ struct MlaRun {
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         if (b + n >= last || is_found) break;
-        const int units = mla_units(a, length[n]);
-        is_found = visit(b + n, start, length[n], units);
-        start += mla_weight(a, units);
+        const int units = mla_units(a, length[n]), weight = mla_weight(a, units);
+        is_found = place < start + weight;
+        if (is_found) found[0] = b + n, found[1] = start, found[2] = length[n], found[3] = units;
+        start += weight;
       }
     }
   }
@@ -236,11 +236,7 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch, in
     deal(run.total);
     int* const found = scratch + kMlaWarps;
     if (s.low < s.high && s.low >= run.before && s.low < run.before + run.weight)
-      run.search(a, [&](int b, int start, int length, int units) {
-        if (s.low >= start + mla_weight(a, units)) return false;
-        found[0] = b, found[1] = start, found[2] = length, found[3] = units;
-        return true;
-      });
+      run.find(a, s.low, found);
     barrier();
     s.batch = found[0], s.start = found[1], s.length = found[2], s.units = found[3];
   }
@@ -253,29 +249,40 @@ __device__ __forceinline__ int mla_first_pass(const MlaArgs& a, const MlaShare& 
   return s.low < s.high && a.passes > 1 ? (s.low - s.start) / (s.units + a.item_cost) : 0;
 }
 
-// Where its first item's first token of it lies, where items have one pass.
+// The first unit of its first item that is of it, where items have one pass, and that unit's token.
+__device__ __forceinline__ int mla_first_unit(const MlaArgs& a, const MlaShare& s) {
+  return max(0, s.low - s.start - a.item_cost);
+}
 __device__ __forceinline__ int mla_first_token(const MlaArgs& a, const MlaShare& s) {
-  return max(0, s.low - s.start - a.item_cost) * a.unit.divisor;
+  return mla_first_unit(a, s) * a.unit.divisor;
 }
 
-// What combines an item of `units` units that starts at `start` on the line.
-__device__ __forceinline__ MlaUnit mla_unit_of(const MlaLine& a, int item, int total, int start,
-                                               int units) {
+// What combines an item of `units` units, of which CTA `owner` has the first and CTA `last` the
+// last.
+__device__ __forceinline__ MlaUnit mla_unit(const MlaLine& a, int item, int units, int owner,
+                                            int last) {
   MlaUnit u = {};
-  if (units == 0) return u;
   u.item = item;
   if (a.is_split) {
-    u.count = units, u.first = static_cast<std::int64_t>(item) * a.pieces;
-    u.rest = u.first + 1, u.step = 1;
+    u.count = units, u.step = 1;
+    u.first = static_cast<std::int64_t>(item) * a.pieces;
   } else {
-    const MlaDeal deal(a, total);
-    const int pass = item - item / a.passes * a.passes;
-    const int from = start + pass * (units + a.item_cost) + a.item_cost;
-    const int owner = deal.owner(from);
-    u.count = deal.owner(from + units - 1) - owner + 1;
-    u.first = 2 * owner + 1, u.rest = u.first + 1, u.step = 2;
+    u.count = last - owner + 1, u.step = 2;
+    u.first = 2 * owner + 1;
   }
+  u.rest = u.first + 1;
   return u;
+}
+// Of an item whose sequence starts at `start` on a line of `total` units.
+__device__ __forceinline__ MlaUnit mla_unit_of(const MlaLine& a, int item, int total, int start,
+                                               int units) {
+  if (units == 0) return {};
+  if (a.is_split) return mla_unit(a, item, units, 0, 0);
+  const MlaDeal deal(a, total);
+  const int pass = item - item / a.passes * a.passes;
+  const int from = start + pass * (units + a.item_cost) + a.item_cost;
+  const auto owner = [&](int place) { return mla_owner(deal.each, deal.larger, place); };
+  return mla_unit(a, item, units, owner(from), owner(from + units - 1));
 }
 // It, found by a warp from the lengths.  Up to kMlaLaneBatch sequences lanes may look for different
 // items; of more, if there can be (kMore), every lane has a run.
@@ -377,21 +384,8 @@ struct alignas(16) MlaWalk {
   // Lists the item, whose first piece is open, for the combination.  One thread of the grid.
   __device__ __forceinline__ void list(const MlaArgs& a, const MlaShare& s) const {
     if (a.unit_count == 0) return;
-    MlaUnit u = {};
-    u.item = item(a);
-    if (a.is_split) {
-      u.count = units;
-      u.first = static_cast<std::int64_t>(u.item) * a.pieces;
-      u.rest = u.first + 1, u.step = 1;
-    } else {
-      // The owner of the item's last unit.
-      int last = start + a.item_cost + units - 1, owner = 0, each = s.each + 1;
-      const int larger = s.larger * each;
-      if (last >= larger) last -= larger, owner = s.larger, each = s.each;
-      u.count = owner + last / each - static_cast<int>(blockIdx.x) + 1;
-      u.first = 2 * static_cast<int>(blockIdx.x) + 1;
-      u.rest = u.first + 1, u.step = 2;
-    }
+    const int last = a.is_split ? 0 : mla_owner(s.each, s.larger, start + a.item_cost + units - 1);
+    const MlaUnit u = mla_unit(a, item(a), units, static_cast<int>(blockIdx.x), last);
     if (a.unit_per_item)
       a.units[u.item] = u;
     else if (u.count > 1)

@@ -68,8 +68,7 @@ Status mla_launch_absorb(const MlaDecodeParams& p, void* latent, cudaStream_t st
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.absorb_smem_bytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   const dim3 grid(static_cast<unsigned>(p.G), c.absorb_slices, c.absorb_columns);
-  return mla_launch_kernel({true, 1}, kernel, grid, kMlaAbsorbThreads, c.absorb_smem_bytes, stream,
-                           a);
+  return mla_launch_kernel({true}, kernel, grid, kMlaAbsorbThreads, c.absorb_smem_bytes, stream, a);
 }
 
 // What an attention kernel leaves: latent outputs of items that it had whole (a unit's count is 1),
@@ -108,7 +107,7 @@ Status mla_launch_expand(const MlaDecodeParams& p, const MlaPartials& from, cuda
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.expand_smem_bytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   const dim3 grid(static_cast<unsigned>(p.G), c.expand_slices, c.widths);
-  return mla_launch_kernel({true, 1}, kernel, grid, c.threads, c.expand_smem_bytes, stream, a);
+  return mla_launch_kernel({true}, kernel, grid, c.threads, c.expand_smem_bytes, stream, a);
 }
 
 }  // namespace

@@ -291,7 +291,7 @@ struct MlaWideRows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float whole = S::shared().sums[0][row(i)] + S::shared().sums[1][row(i)];
-      inverse[i] = whole == 0.f ? 0.f : __fdividef(1.f, whole);
+      inverse[i] = mla_inverse(whole);
       if (half != 0 || lane % 4 != 0 || row(i) >= rows) continue;
       if (is_whole)
         a.lse[first + row(i)] = mla_lse(reference[i], whole);

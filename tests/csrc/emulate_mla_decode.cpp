@@ -124,8 +124,8 @@ void shares_are_found_by_all_threads() {
   }
 }
 
-// What the combination finds from the lengths, by a warp or by a CTA, is what the attention kernel
-// would list.
+// What a warp of the combination finds from the lengths is what the attention kernel would list: an
+// item a lane up to kMlaLaneBatch sequences, one for all lanes above.
 void units_are_found() {
   struct Batch {
     std::vector<int> lens;
@@ -161,7 +161,7 @@ void units_are_found() {
         } else {
           for (int k = 0; k < kItems; ++k) {
             const MlaUnit found = zebra::mla_find_unit<true>(batch.a, item_of(k, items));
-            if (i == k * 37 % cuda_on_host::kThreads) batch.found[k] = found;  // any thread's
+            if (i == k * 37 % cuda_on_host::kThreads) batch.found[k] = found;  // of any warp
           }
         }
         __syncthreads();
@@ -182,9 +182,9 @@ void units_are_found() {
       while (walk.advance(a, share))
         if (walk.token == 0) walk.list(a, share);
     }
-    const bool by_warp = a.batch <= zebra::kMlaLaneBatch;
-    for (int i = 0; i < (by_warp ? cuda_on_host::kThreads : kItems); ++i) {
-      const int item = by_warp ? i % items : item_of(i, items);
+    const bool by_lane = a.batch <= zebra::kMlaLaneBatch;
+    for (int i = 0; i < (by_lane ? cuda_on_host::kThreads : kItems); ++i) {
+      const int item = by_lane ? i % items : item_of(i, items);
       const MlaUnit &want = listed[item], &got = batch.found[i];
       if (got.count == want.count &&
           (got.count < 1 || (got.item == want.item && got.first == want.first &&

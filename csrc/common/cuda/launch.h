@@ -69,7 +69,7 @@ Status launch_kernel(const LaunchOptions& options, void (*kernel)(Params...), di
 template <typename... Params, typename... Args>
 Status launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem,
                         cudaStream_t stream, Args&&... args) {
-  return launch_kernel({true, 1}, kernel, grid, block, smem, stream, std::forward<Args>(args)...);
+  return launch_kernel({true}, kernel, grid, block, smem, stream, std::forward<Args>(args)...);
 }
 
 }  // namespace zebra
