@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from chains import chain_case, chain_length
 from harness import Case, Inputs, main
 from torch import Tensor
 
 from zebra import ops
 from zebra.ops import reference
-
-CHAIN_BYTES = 3 << 29  # of weights in a chain, and at least two of them
 
 
 class Projection(NamedTuple):
@@ -102,18 +101,18 @@ def case(p: Projection, rows: int, count: int, dtype: torch.dtype, form: str) ->
         return [eager(**link) for link in links(i)][-1:]
 
     other = rows * (p.N * (2 if p.residual else 1) + p.K) + (p.K if p.norm else 0)
-    return Case(
-        op="linear_decode",
-        shape={"projection": p.name, "form": form, "rows": rows, "N": p.N, "K": p.K}
+    return chain_case(
+        "linear_decode",
+        {"projection": p.name, "form": form, "rows": rows, "N": p.N, "K": p.K}
         | ({"activation": p.activation} if p.activation != "none" else {}),
-        dtype=dtype,
-        bytes=count * (p.weights + other) * dtype.itemsize,
-        flops=count * 2 * rows * p.weights,
+        dtype,
+        count,
+        numbers=p.weights + other,
+        flops=2 * rows * p.weights,
         make=lambda device: make(p, rows, count, dtype, device),
-        impls={"zebra": zebra, f"eager torch {torch.__version__}": peer},
+        zebra=zebra,
+        eager=peer,
         truth=truth,
-        max_error=2e-2 if dtype == torch.bfloat16 else 1e-5,
-        extra={"chain": count},
     )
 
 
@@ -125,7 +124,7 @@ def cases(device: str) -> list[Case]:
     out = []
     for size in ("1b", "3b", "8b"):
         for p in projections(size):
-            count = max(2, min(48, CHAIN_BYTES // (2 * p.weights)))
+            count = chain_length(p.weights, torch.bfloat16)
             plain = Projection(p.name, p.weights // p.K, p.K)
             for rows in (1, 16, 32, 64, 128):
                 out.append(case(plain, rows, count, torch.bfloat16, "plain"))

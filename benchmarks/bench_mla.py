@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from bench_prefill import MLA
 from harness import Case, Inputs, main
 from torch import Tensor
 
 from zebra import ops
 from zebra.ops import reference
 
-# heads, KV heads, Dn, E, Dv, R of the published models
-MODELS = {
-    "1b": (32, 8, 32, 32, 64, 128),
-    "3b": (24, 8, 64, 64, 128, 128),
-    "8b": (32, 8, 64, 64, 128, 160),
-}
 PAGE = 64
 
 
 def decode_case(model: str, batch: int, length: int, dtype: torch.dtype) -> Case:
-    H, G, Dn, E, Dv, R = MODELS[model]
+    _, H, G, R, Dn, E, Dv, _ = MLA[model]
     scale = (Dn + E) ** -0.5
     pages = length // PAGE
 
@@ -72,7 +67,7 @@ def decode_case(model: str, batch: int, length: int, dtype: torch.dtype) -> Case
 
 def latent_case(model: str, batch: int, length: int) -> Case:
     """Latent queries.  Peers have the latents in order, gathered before they are timed."""
-    H, _, Dn, E, _, R = MODELS[model]
+    _, H, _, R, Dn, E, *_ = MLA[model]
     scale, pages, dtype = (Dn + E) ** -0.5, length // PAGE, torch.bfloat16
 
     def make(device: str) -> Inputs:
@@ -118,7 +113,7 @@ def latent_case(model: str, batch: int, length: int) -> Case:
 
 
 def attention_case(model: str, batch: int, tokens: int, dtype: torch.dtype, grad: bool) -> Case:
-    H, G, Dn, E, Dv, _ = MODELS[model]
+    _, H, G, _, Dn, E, Dv, _ = MLA[model]
     scale = (Dn + E) ** -0.5
 
     def make(device: str) -> Inputs:
@@ -168,13 +163,13 @@ def cases(device: str) -> list[Case]:
     dtypes = (torch.bfloat16,) if gpu else (torch.bfloat16, torch.float32)
     out = []
     if gpu:
-        for model in MODELS:
+        for model in MLA:
             for batch, length in [(1, 2048), (1, 32768), (8, 8192), (64, 2048), (64, 8192)]:
                 out.append(latent_case(model, batch, length))
         out += [latent_case(m, b, 32768) for m, b in [("8b", 64), ("3b", 64), ("1b", 64)]]
         out += [latent_case(m, 256, 8192) for m in ("8b", "3b")]
     for dtype in dtypes:
-        for model in MODELS:
+        for model in MLA:
             decode = (
                 [(1, 8192), (8, 8192), (64, 8192)] if gpu else [(1, 2048), (4, 2048), (16, 2048)]
             )

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from bench_prefill import MLA
+from chains import chain_case, chain_length
 from harness import Case, Inputs, main
 from torch import Tensor
 
 from zebra import ops
 from zebra.ops import reference
 
-CHAIN_BYTES = 3 << 29  # of weights in a chain
 PAGE = 64
-# hidden, heads, R, Dn, E
-MLA = {"1b": (2048, 32, 128, 32, 32), "3b": (3072, 24, 128, 64, 64), "8b": (4096, 32, 160, 64, 64)}
 
 
 def make(model: str, batch: int, links: int, dtype: torch.dtype, device: str) -> Inputs:
-    D, H, R, Dn, E = MLA[model]
+    D, H, _, R, Dn, E, *_ = MLA[model]
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
@@ -59,9 +58,9 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def case(model: str, batch: int, dtype: torch.dtype, gpu: bool) -> Case:
     """A chain of calls; only the last result is kept, and compared with its cache row."""
-    D, H, R, Dn, E = MLA[model]
+    D, H, _, R, Dn, E, *_ = MLA[model]
     rows, latent = H * (Dn + E) + R + E, R + E
-    count = max(2, min(48, CHAIN_BYTES // (rows * D * 2))) if gpu else 1
+    count = chain_length(rows * D, dtype) if gpu else 1
 
     def zebra(i: Inputs) -> list[Tensor]:
         out: tuple[Tensor, Tensor] = ()
@@ -87,17 +86,17 @@ def case(model: str, batch: int, dtype: torch.dtype, gpu: bool) -> Case:
         )
         return [q, row, row]
 
-    return Case(
-        op="mla_project_append",
-        shape={"model": model, "B": batch, "N": rows, "K": D},
-        dtype=dtype,
-        bytes=count * (rows * D + batch * (D + rows + latent)) * dtype.itemsize,
-        flops=count * 2 * batch * rows * D,
+    return chain_case(
+        "mla_project_append",
+        {"model": model, "B": batch, "N": rows, "K": D},
+        dtype,
+        count,
+        numbers=rows * D + batch * (D + rows + latent),
+        flops=2 * batch * rows * D,
         make=lambda device: make(model, batch, count, dtype, device),
-        impls={"zebra": zebra, f"eager torch {torch.__version__}": peer},
+        zebra=zebra,
+        eager=peer,
         truth=truth,
-        max_error=2e-2 if dtype == torch.bfloat16 else 1e-5,
-        extra={"chain": count},
     )
 
 
