@@ -300,8 +300,7 @@ class MultiheadLatentAttention(nn.Module):
         widths = [self.kv_lora_rank, self.qk_rope_head_dim]
         c, k = self.kv_a_proj_with_mqa(hidden).split(widths, dim=-1)
         c = c if self.kv_a_layernorm is None else self.kv_a_layernorm(c)
-        q = angles.rotate(q.unflatten(-1, (self.num_heads, -1)))
-        latent = angles.rotate(torch.cat((c, k), dim=-1))
+        q, latent = angles.assemble(q, c, k, self.num_heads)
         if cache is not None and slot_mapping is not None:
             append_rows(latent.to(cache.dtype), cache, slot_mapping)
         return q, latent

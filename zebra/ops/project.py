@@ -235,6 +235,11 @@ class Angles(NamedTuple):
         tail = reference.rotate(tail.float(), self.cos.view(shape), self.sin.view(shape))
         return torch.cat((head, tail.to(x.dtype)), dim=-1)
 
+    def assemble(self, q: Tensor, c: Tensor, k: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+        """Products q [B, T, H * (Dn + E)], c [B, T, R] and k [B, T, E] -> queries and latents."""
+        q = q.unflatten(-1, (num_heads, -1))
+        return self.rotate(q), self.rotate(torch.cat((c, k), dim=-1))
+
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else reference.rms_norm(x, weight, eps=eps)[0]
@@ -334,8 +339,7 @@ class _Inputs(NamedTuple):
         q = F.linear(_norm(c_q, self.q_a_norm_weight, eps), self.q_b_weight)
         R = self.kv_a_weight.size(0) - 2 * self.cos.size(-1)
         c, k = F.linear(x, self.kv_a_weight).tensor_split([R], dim=-1)
-        latent = torch.cat((_norm(c, self.kv_a_norm_weight, eps), k), dim=-1)
-        return angles.rotate(q.unflatten(-1, (self.num_heads, -1))), angles.rotate(latent)
+        return angles.assemble(q, _norm(c, self.kv_a_norm_weight, eps), k, self.num_heads)
 
 
 @composite("mla_project")
