@@ -2,7 +2,8 @@
 //
 // Of at most 4 rows, every CTA of the products makes all of h for itself, in its shared memory,
 // while its ring fills: nothing is launched before it, and the products start a few hundred clocks
-// after x could have been there.
+// after x could have been there.  One row, which is what decoding is mostly about, stays in
+// registers on its way: its chain is one load, one sum over the CTA and one store.
 //
 // Of more rows, a launch of its own, one CTA a row.  It is so small that it fits beside the CTAs of
 // the products before and after it (2 KB of shared memory, at most 16384 registers), so the product
@@ -49,6 +50,7 @@ struct LinearNorm {
   // over units stay loops: code that runs once comes from memory.
   __device__ __forceinline__ void run() const {
     const bool is_float = a.p.norm_weight_dtype == DType::kFloat32;
+    if (rows == 1 && !is_float) return run_one();
     // As the weight, before the preceding kernels have ended.
     if (a.early == Early::kIntoShared) request_gain(is_float ? 4 : sizeof(T));
     grid_dependency_wait();
@@ -63,6 +65,63 @@ struct LinearNorm {
   }
 
  private:
+  // Of one row: units thread, thread + kThreads, ... and their gains.
+  __device__ __forceinline__ void run_one() const {
+    constexpr int kHeld = kLinearMostNormedK / 8 / kThreads;
+    static_assert(kHeld * 8 * kThreads == kLinearMostNormedK);
+    const float inverse = __fdividef(1.f, static_cast<float>(K));
+    const float eps = static_cast<float>(a.p.norm_eps);
+    uint4 gain[kHeld], x[kHeld];
+    if (a.early == Early::kIntoShared) read_units(a.p.norm_weight, gain);
+    grid_dependency_wait();
+    read_units(a.p.x, x);
+    if (a.early != Early::kIntoShared) read_units(a.p.norm_weight, gain);
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (thread + i * kThreads >= K / 8) break;
+      float v[8];
+      unpack(x[i], v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) squares = fmaf(v[j], v[j], squares);
+    }
+    const float scale = rsqrtf(sum_of_all(squares) * inverse + eps);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int u = thread + i * kThreads;
+      if (u >= units) break;  // zeros behind K: what lies there is multiplied by the zeros of W
+      float v[8], g[8];
+      unpack(x[i], v), unpack(gain[i], g);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] *= scale * g[j];
+      store_vec<T, 8>(reinterpret_cast<T*>(linear_shared + at(u, 0)), v);
+    }
+    fence_async_proxy();
+    named_barrier(1, kThreads);
+  }
+  // Not from L1, which need not have been told yet what the kernels before have written.
+  template <int kHeld>
+  __device__ __forceinline__ void read_units(const void* from, uint4 (&to)[kHeld]) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int u = thread + i * kThreads;
+      to[i] = {};
+      if (u < K / 8) to[i] = __ldcg(static_cast<const uint4*>(from) + u);
+    }
+  }
+  static __device__ __forceinline__ void unpack(const uint4& from, float (&to)[8]) {
+    load_vec<T, 8>(reinterpret_cast<const T*>(&from), to);
+  }
+  __device__ __forceinline__ float sum_of_all(float v) const {
+    float* const sums = reinterpret_cast<float*>(linear_shared + LinearSmem::kSquares);
+    v = warp_sum(v);
+    if (lane == 0) sums[thread / 32] = v;
+    named_barrier(1, kThreads);
+    const float4 first = *reinterpret_cast<const float4*>(sums);
+    const float4 last = *reinterpret_cast<const float4*>(sums + 4);
+    return first.x + first.y + first.z + first.w + (last.x + last.y + last.z + last.w);
+  }
+
   // Where unit u of a row lies: swizzled as TMA would have written it.
   __device__ __forceinline__ int at(int u, int row) const {
     return a.cfg.h_offset + u / 8 * a.cfg.x_box + row * 128 + (u % 8 ^ row) * 16;
