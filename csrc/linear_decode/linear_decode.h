@@ -54,6 +54,7 @@ struct LinearProjection {
 
 // On CUDA: 16-bit dtypes and at most kLinearCudaRows rows.
 constexpr std::int64_t kLinearCudaRows = 128;
+bool linear_decode_cuda_takes(const LinearDecodeParams& p);  // and ATen's product is not faster
 Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream);
 bool linear_decode_cuda_needs_h(const LinearDecodeParams& p);  // norm(x) goes through memory
 // What follows products that ATen made, of any rows and dtype.

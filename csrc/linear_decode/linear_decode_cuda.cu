@@ -212,45 +212,53 @@ Status with_tokens(const LinearDecodeParams& p, CUstream_st* stream) {
 
 // ---- bias, activation, residual of products in memory: a thread a vector, all reads at once
 
-constexpr int kEndThreads = 256;
+constexpr int kEndThreads = 128;
 
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kEndThreads)
-    linear_decode_epilogue_kernel(const LinearDecodeEnds e, unsigned ctas_of_row) {
-  const LinearDecodeParams& p = e.p;
-  const unsigned of_row = blockIdx.x % ctas_of_row;
-  const std::int64_t row = blockIdx.x / ctas_of_row;
-  const std::int64_t n =
-      (static_cast<std::int64_t>(of_row) * kEndThreads + threadIdx.x) * std::int64_t{kVec};
-  if (n >= p.outputs) return;
+// Small, as its code is: between two launches weights pass L2, and both come from HBM.
+struct LinearEnds {
+  const void *products, *bias, *residual;
+  void* y;
+  std::int64_t residual_stride;
+  int outputs;
+};
+
+template <typename T, int kVec, bool kSwiglu>
+__global__ void __launch_bounds__(kEndThreads) linear_decode_epilogue_kernel(const LinearEnds e) {
+  const std::int64_t row = blockIdx.x;
+  const int n = (static_cast<int>(blockIdx.y) * kEndThreads + static_cast<int>(threadIdx.x)) * kVec;
+  if (n >= e.outputs) return;
   const auto read = [](const void* from, std::int64_t at, float (&to)[kVec]) {
     load_vec<T, kVec>(static_cast<const T*>(from) + at, to);
   };
   float y[kVec], up[kVec], residual[kVec] = {}, bias[kVec] = {}, up_bias[kVec] = {};
-  const std::int64_t at = row * (p.swiglu ? 2 : 1) * p.outputs + n;
+  const std::int64_t at = row * (kSwiglu ? 2 : 1) * e.outputs + n;
   read(e.products, at, y);
-  if (p.swiglu) read(e.products, at + p.outputs, up);
-  if (p.residual != nullptr) read(p.residual, row * p.residual_stride + n, residual);
-  if (p.bias != nullptr) {
-    read(p.bias, n, bias);
-    if (p.swiglu) read(p.bias, p.outputs + n, up_bias);
+  if (kSwiglu) read(e.products, at + e.outputs, up);
+  if (e.residual != nullptr) read(e.residual, row * e.residual_stride + n, residual);
+  if (e.bias != nullptr) {
+    read(e.bias, n, bias);
+    if (kSwiglu) read(e.bias, e.outputs + n, up_bias);
   }
 #pragma unroll
   for (int j = 0; j < kVec; ++j) {
     y[j] += bias[j];
-    if (p.swiglu) y[j] *= sigmoidf(y[j]) * (up[j] + up_bias[j]);
+    if (kSwiglu) y[j] *= sigmoidf(y[j]) * (up[j] + up_bias[j]);
     y[j] += residual[j];
   }
-  store_vec<T, kVec>(static_cast<T*>(p.y) + row * p.outputs + n, y);
+  store_vec<T, kVec>(static_cast<T*>(e.y) + row * e.outputs + n, y);
 }
 
 template <typename T, int kVec>
 Status start_epilogue(const LinearDecodeEnds& e, CUstream_st* stream) {
-  const std::int64_t of_row = ceil_div<std::int64_t>(e.p.outputs, kVec * kEndThreads);
-  const std::int64_t blocks = e.p.rows * of_row;
-  if (blocks >= std::int64_t{1} << 31) return {"at most 2^39 outputs"};
-  linear_decode_epilogue_kernel<T, kVec>
-      <<<static_cast<unsigned>(blocks), kEndThreads, 0, stream>>>(e, static_cast<unsigned>(of_row));
+  constexpr std::int64_t kMostRows = 0x7fffffff, kMostParts = 65535;
+  const std::int64_t parts = ceil_div<std::int64_t>(e.p.outputs, kVec * kEndThreads);
+  if (e.p.rows > kMostRows || parts > kMostParts)
+    return {"at most 2^31 - 1 rows, and 8388480 outputs"};
+  const auto kernel = e.p.swiglu ? linear_decode_epilogue_kernel<T, kVec, true>
+                                 : linear_decode_epilogue_kernel<T, kVec, false>;
+  kernel<<<dim3(static_cast<unsigned>(e.p.rows), static_cast<unsigned>(parts)), kEndThreads, 0,
+           stream>>>({e.products, e.p.bias, e.p.residual, e.p.y, e.p.residual_stride,
+                      static_cast<int>(e.p.outputs)});
   return launch_status();
 }
 
@@ -277,6 +285,13 @@ Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream) {
   if (p.rows > kLinearCudaRows) return {"at most 128 rows of x"};
   return takes_sm90() && linear_decode_sm90_takes(p) ? linear_decode_sm90(p, stream)
                                                      : linear_decode_portable(p, stream);
+}
+
+bool linear_decode_cuda_takes(const LinearDecodeParams& p) {
+  const bool is_plain = p.norm_weight == nullptr && p.bias == nullptr && p.residual == nullptr;
+  const LinearDecodeSm90Shape shape{p.rows, p.outputs, p.K, p.swiglu, p.norm_weight != nullptr};
+  return p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows &&
+         !linear_is_for_aten(shape, is_plain, takes_sm90());
 }
 
 bool linear_project_cuda_takes(const LinearDecodeParams& p, const LinearProjection& also) {

@@ -55,18 +55,6 @@ constexpr bool linear_norms_itself(std::int64_t rows, std::int64_t K) {
 // Shared memory besides h and gain where two CTAs are to fit on a multiprocessor.
 constexpr int kLinearRingBesideNormBytes = 73728;
 
-// Where ATen's product is at least as fast, with the norm and the residual in launches of their own
-// (measured over the projections of 1B to 8B models, 1 to 128 rows): from 65 rows on, from 33 where
-// nothing is fused and outputs are more than K, and of vocabularies always.  Swiglu's two products
-// and their combination stay here.
-constexpr std::int64_t kLinearMostRows = 64, kLinearMostPlainRows = 32, kLinearVocabulary = 32768;
-constexpr bool linear_is_for_aten(std::int64_t rows, std::int64_t outputs, std::int64_t K,
-                                  bool swiglu, bool is_plain) {
-  const bool is_wide = is_plain && outputs > K;
-  return !swiglu && (rows > (is_wide ? kLinearMostPlainRows : kLinearMostRows) ||
-                     outputs >= kLinearVocabulary);
-}
-
 struct LinearDecodeSm90Shape {
   std::int64_t rows, outputs, K;
   bool swiglu;
@@ -74,6 +62,23 @@ struct LinearDecodeSm90Shape {
   bool projects = false;            // units of even outputs, and what a projection looks up
   std::int64_t second_outputs = 0;  // of another weight
 };
+
+// Where ATen's product is at least as fast, with the norm and the residual in launches of their own
+// (measured over the projections of 1B to 8B models, 1 to 128 rows): from 65 rows on, unless rows
+// of W are long and no norm is wanted; from 33 where nothing is fused and outputs are more than K,
+// of small W from 17; and of vocabularies always.  Swiglu's two products and their combination
+// stay.
+constexpr std::int64_t kLinearMostRows = 64, kLinearMostWideRows = 32, kLinearMostSmallRows = 16;
+constexpr std::int64_t kLinearSmallWeight = 1 << 23, kLinearVocabulary = 24576;
+constexpr bool linear_is_for_aten(const LinearDecodeSm90Shape& s, bool is_plain, bool is_sm90) {
+  if (s.swiglu) return false;
+  if (s.outputs >= kLinearVocabulary) return true;
+  if (is_plain && s.outputs > s.K)
+    return s.rows >
+           (s.outputs * s.K <= kLinearSmallWeight ? kLinearMostSmallRows : kLinearMostWideRows);
+  const bool is_long = is_sm90 && !s.norm && s.K >= 2 * s.outputs;
+  return s.rows > (is_long ? kLinearMostTokens : kLinearMostRows);
+}
 
 // A unit is `unit` outputs; a cluster of 1 or 2 CTAs computes `units` of them one after another,
 // each of its CTAs over a part of K.  A step is `boxes` boxes along K: one stage of the ring.

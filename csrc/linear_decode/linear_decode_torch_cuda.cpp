@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "linear_decode/linear_decode_sm90_config.h"
 #include "linear_decode/linear_decode_torch.h"
 #include "rms_norm/rms_norm.h"
 
@@ -15,9 +14,7 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
                         const OptTensor& up_weight) {
   const CudaScope scope(x);
   const auto launch = [&](LinearDecodeParams p, const Tensor& rows, const Tensor& y) {
-    const bool is_plain = !norm_weight && !bias && !residual;
-    if (p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows &&
-        !linear_is_for_aten(p.rows, p.outputs, p.K, p.swiglu, is_plain)) {
+    if (linear_decode_cuda_takes(p)) {
       Tensor h = rows;
       if (linear_decode_cuda_needs_h(p)) {
         h = torch::stable::new_empty(rows, {p.rows, p.K});

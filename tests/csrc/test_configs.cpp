@@ -386,16 +386,26 @@ void linear_decode_tiles_fit() {
         zebra::select_linear_decode_sm90_config({1, N, N, false, true, true, second}, 132);
     EXPECT(c.units == 1 && 132.0 * c.unit < 1.08 * (N + second), "N %d", N);
   }
-  static_assert(!zebra::linear_is_for_aten(64, 14336, 4096, false, false) &&
-                zebra::linear_is_for_aten(65, 64, 4096, false, false) &&
-                zebra::linear_is_for_aten(33, 4097, 4096, false, true) &&
-                !zebra::linear_is_for_aten(32, 4097, 4096, false, true) &&
-                !zebra::linear_is_for_aten(64, 4096, 4096, false, true) &&
-                !zebra::linear_is_for_aten(64, 4097, 4096, true, true) &&
-                !zebra::linear_is_for_aten(1, 32767, 4096, false, true) &&
-                zebra::linear_is_for_aten(1, 32768, 4096, false, true) &&
-                zebra::linear_is_for_aten(64, 128256, 4096, false, false) &&
-                !zebra::linear_is_for_aten(128, 128256, 4096, true, false));
+  constexpr auto is_for_aten = [](zebra::LinearDecodeSm90Shape shape, bool is_plain,
+                                  bool is_sm90 = true) {
+    return zebra::linear_is_for_aten(shape, is_plain, is_sm90);
+  };
+  static_assert(!is_for_aten({64, 14336, 4096, false}, false) &&
+                is_for_aten({65, 14336, 4096, false}, false));
+  static_assert(!is_for_aten({128, 4096, 8192, false}, false) &&
+                is_for_aten({65, 4096, 8192, false}, false, false) &&
+                is_for_aten({65, 4096, 8192, false, true}, false) &&
+                is_for_aten({65, 4097, 8192, false}, false));
+  static_assert(
+      is_for_aten({33, 4097, 4096, false}, true) && !is_for_aten({32, 4097, 4096, false}, true) &&
+      !is_for_aten({64, 4096, 4096, false}, true) && !is_for_aten({64, 4097, 4096, true}, true));
+  static_assert(is_for_aten({17, 2208, 2048, false}, true) &&
+                !is_for_aten({16, 2208, 2048, false}, true) &&
+                !is_for_aten({17, 2048, 2048, false}, true));
+  static_assert(!is_for_aten({1, 24575, 4096, false}, true) &&
+                is_for_aten({1, 24576, 4096, false}, true) &&
+                is_for_aten({64, 128256, 4096, false}, false) &&
+                !is_for_aten({128, 128256, 4096, true}, false));
   for (const std::int64_t rows : {1, 8, 9, 16, 17, 128}) {
     const zebra::LinearDecodeConfig c = zebra::select_linear_decode_config(rows, 1000, true);
     EXPECT(c.tokens * c.ctas_tokens >= rows && c.ctas_outputs * zebra::kLinearTileRows >= 1000 &&
