@@ -8,16 +8,18 @@
 //                asks for 512 bytes that lie together at a time, and a head of 128 x 128 fp32 is in
 //                flight at once in the registers of 256 threads.  kRowLanes = 0 walks rows of any
 //                other N element by element.
-// Launch         dependent: the states are read while the convolution runs.  Nothing before it in
-//                the stream still runs then, because the convolution lets the next grid start only
-//                after its own wait.
+// Launch         dependent: windows and taps are asked into L2 before the convolution's input is
+//                there, and the states are read while it runs.  Nothing before it in the stream
+//                still runs then, because the convolution lets the next grid start only after its
+//                own wait.
 // Shared memory  P floats and one a warp.
 // Bound          HBM: the state, read and written once; below some 4 rows, latency.
 // Predicted      H200, 8B layer (32 heads, 128 x 128 fp32), 64 rows: 64 us / 0.88 = 72 us;
 //                1 row: 5 us.
-// Measured       H200, 2026-11-28: 64 rows 81 us (80 % of the floor), 1 row 10 us alone; H100: 7 us
+// Measured       H200, 2026-11-28: 64 rows 80 us (80 % of the floor), 1 row 10 us alone; H100: 7 us
 //                in a decoding step.  benchmarks/bench_mamba2_step.py --device cuda
 #include "common/cuda/launch.h"
+#include "common/cuda/mma.cuh"
 #include "common/cuda/vec.cuh"
 #include "common/math.h"
 #include "common/sm90/ptx.cuh"
@@ -28,6 +30,8 @@ namespace {
 
 constexpr int kRowsPerWarp = 16;  // at once
 constexpr int kConvThreads = 128;
+constexpr int kTaps = 4;   // of a window, asked for before the first of them is shifted
+constexpr int kAhead = 8;  // channels whose window, and whose taps, a line holds at least
 constexpr unsigned kWarp = 0xffffffffu;
 
 // A parameter stored as T or as fp32.
@@ -45,24 +49,44 @@ __device__ __forceinline__ std::int64_t slot_of(const Mamba2StepParams& p, std::
 
 template <typename T>
 __global__ void mamba2_conv_kernel(const Mamba2StepParams p, const int channels) {
-  sm90::grid_dependency_wait();
-  sm90::grid_launch_dependents();
   const std::int64_t row = blockIdx.y;
   const int channel = static_cast<int>(blockIdx.x * kConvThreads + threadIdx.x);
+  const int width = static_cast<int>(p.width);
+  const std::int64_t taps = static_cast<std::int64_t>(channel) * width;
+  const auto window_of = [&](std::int64_t slot) {
+    return static_cast<T*>(p.conv_state) + slot * p.conv_slot_stride +
+           static_cast<std::int64_t>(channel) * (width - 1);
+  };
+  if (threadIdx.x % kAhead == 0 && channel < channels) {
+    // Into L2, whatever still changes: nothing is read before the wait, and no slot from L1.
+    const std::int64_t soon = p.state_indices == nullptr ? row : __ldcg(p.state_indices + row);
+    if (soon >= 0 && soon < p.slots) prefetch_l2(window_of(soon));
+    prefetch_l2(static_cast<const char*>(p.conv_weight) +
+                taps * (p.conv_weight_dtype == DType::kFloat32 ? 4 : sizeof(T)));
+  }
+  sm90::grid_dependency_wait();
+  sm90::grid_launch_dependents();
   const std::int64_t slot = slot_of(p, row);
   if (channel >= channels || slot < 0 || slot >= p.slots) return;
-  const int width = static_cast<int>(p.width);
-  T* window = static_cast<T*>(p.conv_state) + slot * p.conv_slot_stride +
-              static_cast<std::int64_t>(channel) * (width - 1);
+  T* const window = window_of(slot);
   const T x = static_cast<const T*>(p.zxbcdt)[row * p.row_stride + p.heads * p.headdim + channel];
-  const std::int64_t taps = static_cast<std::int64_t>(channel) * width;
   float sum = p.conv_bias ? parameter<T>(p.conv_bias, p.conv_bias_dtype, channel) : 0.f;
-  for (int w = 0; w + 1 < width; ++w) {
-    sum += to_float(window[w]) * parameter<T>(p.conv_weight, p.conv_weight_dtype, taps + w);
-    if (w > 0) window[w - 1] = window[w];
+  for (int base = 0; base < width; base += kTaps) {
+    T held[kTaps];
+    float weight[kTaps];
+#pragma unroll
+    for (int w = 0; w < kTaps; ++w) {
+      if (base + w >= width) break;
+      held[w] = base + w + 1 < width ? window[base + w] : x;
+      weight[w] = parameter<T>(p.conv_weight, p.conv_weight_dtype, taps + base + w);
+    }
+#pragma unroll
+    for (int w = 0; w < kTaps; ++w) {
+      if (base + w >= width) break;
+      sum += to_float(held[w]) * weight[w];
+      if (base + w > 0) window[base + w - 1] = held[w];
+    }
   }
-  sum += to_float(x) * parameter<T>(p.conv_weight, p.conv_weight_dtype, taps + width - 1);
-  if (width > 1) window[width - 2] = x;
   p.conv[row * channels + channel] = silu(sum);
 }
 
