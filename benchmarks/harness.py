@@ -5,10 +5,12 @@ compared with the fp64 truth (a wrong one gets no time), then all are timed inte
 inputs.
 
 On a GPU one call is captured in a CUDA graph and replayed between CUDA events with the L2 flushed
-before each replay; the time of an empty graph, measured in the same run, is part of every figure
-and reported as ``event_floor_us``.  On the CPU wall-clock time is taken, inputs warm.  Ceilings
-(bandwidth, matrix rate) are measured in the same run, and every line states its floor: the larger
-of bytes / bandwidth and flops / rate, counted for the operator's true inputs and outputs.
+before each replay: by writing 256 MB, which leaves it full of lines that must go back to memory
+before others can come, or, with ``--l2 read``, by reading them, as the weights of a decoding step
+do.  The time of an empty graph, measured in the same run, is part of every figure and reported as
+``event_floor_us``.  On the CPU wall-clock time is taken, inputs warm.  Ceilings (bandwidth, matrix
+rate) are measured in the same run, and every line states its floor: the larger of bytes / bandwidth
+and flops / rate, counted for the operator's true inputs and outputs.
 """
 
 from __future__ import annotations
@@ -79,9 +81,10 @@ def _sync(device: str) -> None:
 class Timer:
     """Times calls on one device; on a GPU by graph replay with a cold L2."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, l2: str = "written") -> None:
         self.device = device
-        self._flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if self.gpu else None
+        self.l2 = l2
+        self._flushed = torch.zeros(64 << 20, device="cuda") if self.gpu else None
 
     @property
     def gpu(self) -> bool:
@@ -110,8 +113,7 @@ class Timer:
 
         def replay() -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            assert self._flush is not None
-            self._flush.zero_()
+            self._flush()
             start.record()
             graph.replay()
             end.record()
@@ -120,6 +122,14 @@ class Timer:
 
         replay.keep = keep  # type: ignore[attr-defined]  # the graph's outputs stay alive
         return replay
+
+    def _flush(self) -> None:
+        """Leave nothing of a call's data in L2."""
+        assert self._flushed is not None
+        if self.l2 == "written":
+            self._flushed.zero_()
+        else:
+            self._flushed.sum()
 
     def ceilings(self) -> Ceilings:
         """Measure bandwidth (an in-place addition), matrix rates and the event floor."""
@@ -288,15 +298,20 @@ def main(cases: Callable[[str], Sequence[Case]], description: str | None) -> Non
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--repeats", type=int, default=None, help="default: 30 on a GPU, 7 on CPU")
+    parser.add_argument(
+        "--l2", choices=("written", "read"), default="written", help="what flushes a GPU's L2"
+    )
     parser.add_argument("--only", default="", help="run the cases whose text contains this")
     parser.add_argument("--commit", default=None, help="stored with each line (default: ask git)")
     args = parser.parse_args()
-    timer = Timer(args.device)
+    timer = Timer(args.device, args.l2)
     ceilings = timer.ceilings()
     common = environment(args.device) | {
         "commit": args.commit or _commit(),
         "argv": f"{Path(sys.argv[0]).name} --device {args.device}"
+        + (f" --l2 {args.l2}" if args.l2 != "written" else "")
         + (f" --only '{args.only}'" if args.only else ""),
+        **({"l2": args.l2} if timer.gpu else {}),
         "bandwidth_tb_s": round(ceilings.bandwidth / 1e12, 3),
         "bf16_tflop_s": round(ceilings.rate[torch.bfloat16] / 1e12, 1),
     }
