@@ -66,16 +66,19 @@ struct LinearDecodeSm90Shape {
 // Where ATen's product is at least as fast, with the norm and the residual in launches of their own
 // (measured over the projections of 1B to 8B models, 1 to 128 rows): from 65 rows on, unless rows
 // of W are long and no norm is wanted; from 33 where nothing is fused and outputs are more than K,
-// of small W from 17; and of vocabularies always.  Swiglu's two products and their combination
-// stay.
-constexpr std::int64_t kLinearMostRows = 64, kLinearMostWideRows = 32, kLinearMostSmallRows = 16;
-constexpr std::int64_t kLinearSmallWeight = 1 << 23, kLinearVocabulary = 24576;
+// of small or many-rowed W from 17; and of vocabularies always.  Swiglu's two products and their
+// combination stay.
+constexpr std::int64_t kLinearMostRows = 64, kLinearMostWideRows = 32, kLinearMostExtremeRows = 16;
+constexpr std::int64_t kLinearSmallWeight = 1 << 23, kLinearManyOutputs = 16384;
+constexpr std::int64_t kLinearVocabulary = 24576;
 constexpr bool linear_is_for_aten(const LinearDecodeSm90Shape& s, bool is_plain, bool is_sm90) {
   if (s.swiglu) return false;
   if (s.outputs >= kLinearVocabulary) return true;
-  if (is_plain && s.outputs > s.K)
-    return s.rows >
-           (s.outputs * s.K <= kLinearSmallWeight ? kLinearMostSmallRows : kLinearMostWideRows);
+  if (is_plain && s.outputs > s.K) {
+    const bool is_extreme =
+        s.outputs >= kLinearManyOutputs || s.outputs * s.K <= kLinearSmallWeight;
+    return s.rows > (is_extreme ? kLinearMostExtremeRows : kLinearMostWideRows);
+  }
   const bool is_long = is_sm90 && !s.norm && s.K >= 2 * s.outputs;
   return s.rows > (is_long ? kLinearMostTokens : kLinearMostRows);
 }

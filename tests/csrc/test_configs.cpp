@@ -402,6 +402,9 @@ void linear_decode_tiles_fit() {
   static_assert(is_for_aten({17, 2208, 2048, false}, true) &&
                 !is_for_aten({16, 2208, 2048, false}, true) &&
                 !is_for_aten({17, 2048, 2048, false}, true));
+  static_assert(is_for_aten({17, 16384, 2048, false}, true) &&
+                !is_for_aten({16, 16384, 2048, false}, true) &&
+                !is_for_aten({17, 16383, 2048, false}, true));
   static_assert(!is_for_aten({1, 24575, 4096, false}, true) &&
                 is_for_aten({1, 24576, 4096, false}, true) &&
                 is_for_aten({64, 128256, 4096, false}, false) &&
