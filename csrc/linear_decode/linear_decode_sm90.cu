@@ -83,7 +83,7 @@ Status start(const LinearArgs& args, cudaStream_t stream) {
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[0].val.programmaticStreamSerializationAllowed = kLaunchesOverlap;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = static_cast<unsigned>(c.cluster);
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;

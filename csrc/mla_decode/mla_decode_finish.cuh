@@ -67,9 +67,9 @@ struct MlaMergeRow {
   }
 };
 
-// The second half of mla_finish: kWorkers leave their o, row by row, and each adds 32 columns of
-// four rows at a time of all, so that lines go whole and no bank is met twice.  A thread stays with
-// its row.
+// The second half of mla_finish: kWorkers meet, leave their o, row by row, and each adds 32 columns
+// of four rows at a time of all, so that lines go whole and no bank is met twice.  A thread stays
+// with its row.
 template <int kWorkers, typename T, typename S>
 __device__ __forceinline__ void mla_merge(const MlaArgs& a, const MlaRows<T, S>& rows,
                                           const MlaMerge& m, const MlaPlace& place,
@@ -79,6 +79,8 @@ __device__ __forceinline__ void mla_merge(const MlaArgs& a, const MlaRows<T, S>&
   const int lane = place.lane, parts = a.merge_parts, stride = mla_merge_stride(parts);
   const int row = (place.worker * 4 + lane / 8) % 16, aside = place.worker / 4;
   const bool is_partial = step.partial >= 0;
+  // The statistics are there, and the columns of the piece before are read.
+  named_barrier(place.group_barrier, kThreads);
   MlaMergeRow<kWorkers> mine[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
@@ -136,8 +138,6 @@ __device__ __forceinline__ void mla_finish(const MlaArgs& a, MlaRows<T, S>& rows
     sum += __shfl_xor_sync(kWarp, sum, 2);
     if (place.lane % 4 == 0) m.stats[place.warp][place.lane / 4 + 8 * i] = {rows.reference[i], sum};
   }
-  // The statistics are there, and the columns of the piece before are read.
-  named_barrier(place.group_barrier, 32 * place.workers);
   if (place.workers == 8) {
     mla_merge<8>(a, rows, m, place, step);
   } else if (S::kTma || place.workers == 4) {  // by TMA, for 32 rows at most, there are no fewer
