@@ -290,8 +290,8 @@ Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream) {
 bool linear_decode_cuda_takes(const LinearDecodeParams& p) {
   const bool is_plain = p.norm_weight == nullptr && p.bias == nullptr && p.residual == nullptr;
   const LinearDecodeSm90Shape shape{p.rows, p.outputs, p.K, p.swiglu, p.norm_weight != nullptr};
-  return p.dtype != DType::kFloat32 && p.rows <= kLinearCudaRows &&
-         !linear_is_for_aten(shape, is_plain, takes_sm90());
+  return p.dtype != DType::kFloat32 &&
+         p.rows <= linear_most_rows(shape, is_plain, takes_sm90() && linear_decode_sm90_takes(p));
 }
 
 bool linear_project_cuda_takes(const LinearDecodeParams& p, const LinearProjection& also) {

@@ -63,24 +63,20 @@ struct LinearDecodeSm90Shape {
   std::int64_t second_outputs = 0;  // of another weight
 };
 
-// Where ATen's product is at least as fast, with the norm and the residual in launches of their own
-// (measured over the projections of 1B to 8B models, 1 to 128 rows): from 65 rows on, unless rows
-// of W are long and no norm is wanted; from 33 where nothing is fused and outputs are more than K,
-// of small or many-rowed W from 17; and of vocabularies always.  Swiglu's two products and their
-// combination stay.
-constexpr std::int64_t kLinearMostRows = 64, kLinearMostWideRows = 32, kLinearMostExtremeRows = 16;
-constexpr std::int64_t kLinearSmallWeight = 1 << 23, kLinearManyOutputs = 16384;
-constexpr std::int64_t kLinearVocabulary = 24576;
-constexpr bool linear_is_for_aten(const LinearDecodeSm90Shape& s, bool is_plain, bool is_sm90) {
-  if (s.swiglu) return false;
-  if (s.outputs >= kLinearVocabulary) return true;
-  if (is_plain && s.outputs > s.K) {
-    const bool is_extreme =
-        s.outputs >= kLinearManyOutputs || s.outputs * s.K <= kLinearSmallWeight;
-    return s.rows > (is_extreme ? kLinearMostExtremeRows : kLinearMostWideRows);
-  }
-  const bool is_long = is_sm90 && !s.norm && s.K >= 2 * s.outputs;
-  return s.rows > (is_long ? kLinearMostTokens : kLinearMostRows);
+// The most rows of x for which this kernel is faster than ATen's product with the norm and the
+// residual in launches of their own (measured over the projections of 1B to 8B models, 1 to 128
+// rows).  Rows of W are long where its sums are few; with nothing fused cuBLAS is ahead sooner.
+// Vocabularies are ATen's always, swiglu's two products and their combination never.
+constexpr std::int64_t kLinearSmallWeight = 1 << 23;
+constexpr std::int64_t kLinearManyOutputs = 16384, kLinearVocabulary = 24576;
+constexpr std::int64_t linear_most_rows(const LinearDecodeSm90Shape& s, bool is_plain,
+                                        bool is_sm90) {
+  if (s.swiglu) return kLinearMostTokens;
+  if (s.outputs >= kLinearVocabulary) return 0;
+  if (is_sm90 && !s.norm && s.K >= 2 * s.outputs) return kLinearMostTokens;
+  if (!is_plain) return 64;
+  if (s.outputs * s.K <= kLinearSmallWeight) return s.outputs > s.K ? 16 : 64;
+  return s.outputs >= kLinearManyOutputs ? 16 : 32;
 }
 
 // A unit is `unit` outputs; a cluster of 1 or 2 CTAs computes `units` of them one after another,
