@@ -178,17 +178,31 @@ function(zebra_build_libraries)
     target_include_directories(zebra_test_configs PRIVATE csrc)
     target_compile_options(zebra_test_configs PRIVATE ${ZEBRA_COMPILE_OPTIONS})
     add_test(NAME configs COMMAND zebra_test_configs)
-    foreach(kernel linear_decode mla_decode mla_decode_wide ssd_scan)
+    foreach(kernel linear_decode mla_decode mla_decode_rows mla_decode_wide ssd_scan)
       add_executable(zebra_emulate_${kernel} tests/csrc/emulate_${kernel}.cpp)
-      set_target_properties(zebra_emulate_${kernel} PROPERTIES CXX_STANDARD 20)  # <barrier>
+      set_target_properties(zebra_emulate_${kernel} PROPERTIES CXX_STANDARD 20)
       target_include_directories(zebra_emulate_${kernel} PRIVATE csrc)
       target_compile_options(zebra_emulate_${kernel} PRIVATE
         ${ZEBRA_COMPILE_OPTIONS} -Wno-unknown-pragmas)
       target_link_libraries(zebra_emulate_${kernel} PRIVATE pthread)
       add_test(NAME emulate_${kernel} COMMAND zebra_emulate_${kernel})
     endforeach()
-    target_include_directories(zebra_emulate_mla_decode_wide BEFORE PRIVATE
-      tests/csrc/sm90_on_host tests/csrc)  # Hopper's instructions, before the device's own
+    include(CheckCXXSourceRuns)
+    # Whole kernels, on Hopper's instructions as the host has them.  Their threads are threads, so
+    # ThreadSanitizer finds what a barrier does not order.
+    set(CMAKE_REQUIRED_FLAGS -fsanitize=thread)
+    set(CMAKE_REQUIRED_LINK_OPTIONS -fsanitize=thread)
+    check_cxx_source_runs("int main() {}" ZEBRA_HAS_THREAD_SANITIZER)
+    unset(CMAKE_REQUIRED_FLAGS)
+    unset(CMAKE_REQUIRED_LINK_OPTIONS)
+    foreach(kernel mla_decode_rows mla_decode_wide)
+      target_include_directories(zebra_emulate_${kernel} BEFORE PRIVATE
+        tests/csrc/sm90_on_host tests/csrc)
+      if(ZEBRA_HAS_THREAD_SANITIZER)
+        target_compile_options(zebra_emulate_${kernel} PRIVATE -fsanitize=thread -g)
+        target_link_options(zebra_emulate_${kernel} PRIVATE -fsanitize=thread)
+      endif()
+    endforeach()
   endif()
   if(ZEBRA_NATIVE)
     if(NOT ZEBRA_CUDA_FOUND)

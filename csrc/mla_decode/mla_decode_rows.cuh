@@ -24,12 +24,6 @@ struct MlaPlace {
   }
 };
 
-__device__ __forceinline__ int thread_index() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // Shared memory of every warp of 16 rows that only masked stages need: tokens that each row sees.
 constexpr int kMlaLimitsOffset = kMlaMergeOffset - kMlaWarps * 64;
 

@@ -3,11 +3,14 @@
 #pragma once
 
 #include <algorithm>
-#include <barrier>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 #define __CUDACC__
 #define __device__
@@ -28,23 +31,71 @@ namespace cuda_on_host {
 struct Index {
   int x = 0, y = 0;
 };
-#ifndef ZEBRA_HOST_THREADS
-#define ZEBRA_HOST_THREADS 256
-#endif
-constexpr int kThreads = ZEBRA_HOST_THREADS, kWarps = kThreads / 32;
+constexpr int kMostThreads = 384;
+
+// A barrier of as many threads as it is told.
+struct Meeting {
+  std::mutex mutex;
+  std::condition_variable all;
+  int arrived = 0;
+  unsigned phase = 0;
+  void meet(int threads) {
+    std::unique_lock lock(mutex);
+    const unsigned mine = phase;
+    if (++arrived == threads) {
+      arrived = 0, ++phase;
+      all.notify_all();
+    } else {
+      all.wait(lock, [&] { return phase != mine; });
+    }
+  }
+};
 
 struct Warp {
-  std::barrier<> meet{32};
-  int values[32];
+  Meeting meeting;
+  std::uint32_t values[32][8];
 };
-inline Warp warps[kWarps];
-inline std::barrier<> cta{kThreads};
+inline Warp warps[kMostThreads / 32];
+inline Meeting cta;
 
 }  // namespace cuda_on_host
 
 inline thread_local cuda_on_host::Index blockIdx, threadIdx;
 inline cuda_on_host::Index gridDim, blockDim;
 using std::max, std::min;
+
+namespace cuda_on_host {
+
+// Runs a CTA of `threads` threads.
+template <typename Kernel>
+void run_cta(int threads, Index block, Kernel kernel) {
+  blockDim.x = threads;
+  std::vector<std::thread> all;
+  for (int i = 0; i < threads; ++i)
+    all.emplace_back([&kernel, block, i] {
+      threadIdx.x = i, blockIdx = block;
+      kernel(i);
+    });
+  for (std::thread& thread : all) thread.join();
+}
+
+// What read(values of the lanes) gives, once all lanes have told theirs: up to 32 bytes.
+template <typename V, typename Read>
+auto among_lanes(const V& value, Read read) {
+  static_assert(sizeof(V) <= sizeof(Warp::values[0]));
+  Warp& warp = warps[threadIdx.x / 32];
+  std::memcpy(warp.values[threadIdx.x % 32], &value, sizeof(V));
+  warp.meeting.meet(32);
+  const auto result = read([&](int lane) {
+    V v;
+    std::memcpy(&v, warp.values[lane], sizeof(V));
+    return v;
+  });
+  warp.meeting.meet(32);
+  return result;
+}
+
+}  // namespace cuda_on_host
 
 template <typename T>
 T __ldcg(const T* p) {
@@ -57,32 +108,24 @@ inline float __log2f(float v) { return std::log2(v); }
 inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 
-// What read(values of the lanes) gives, once all lanes have written theirs.
-template <typename Read>
-auto among_lanes(int value, Read read) {
-  cuda_on_host::Warp& warp = cuda_on_host::warps[threadIdx.x / 32];
-  warp.values[threadIdx.x % 32] = value;
-  warp.meet.arrive_and_wait();
-  const auto result = read(warp.values);
-  warp.meet.arrive_and_wait();
-  return result;
-}
-inline int __shfl_sync(unsigned, int value, int lane) {
-  return among_lanes(value, [&](const int* v) { return v[lane]; });
+template <typename V>
+V __shfl_sync(unsigned, V value, int lane) {
+  return cuda_on_host::among_lanes(value, [&](auto of) { return of(lane); });
 }
 inline int __shfl_up_sync(unsigned, int value, int by) {
   const int lane = threadIdx.x % 32;
-  return among_lanes(value, [&](const int* v) { return v[lane >= by ? lane - by : lane]; });
+  return cuda_on_host::among_lanes(value,
+                                   [&](auto of) { return of(lane >= by ? lane - by : lane); });
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
-  return among_lanes(value, [](const int* v) {
+  return cuda_on_host::among_lanes(value, [](auto of) {
     unsigned bits = 0;
-    for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(v[i]) << i;
+    for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(of(i)) << i;
     return bits;
   });
 }
 inline void __syncwarp() {
-  among_lanes(0, [](const int* v) { return v[0]; });
+  cuda_on_host::among_lanes(0, [](auto of) { return of(0); });
 }
 inline bool __any_sync(unsigned, bool value) { return __ballot_sync(0, value) != 0; }
-inline void __syncthreads() { cuda_on_host::cta.arrive_and_wait(); }
+inline void __syncthreads() { cuda_on_host::cta.meet(blockDim.x); }

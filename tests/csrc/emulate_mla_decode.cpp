@@ -8,7 +8,6 @@
 #include <map>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -95,24 +94,20 @@ void shares_are_found_by_all_threads() {
     }
   for (Batch& batch : batches) batch.a.seq_lens = batch.lens.data();
   static int scratch[zebra::kMlaWarps + 4];
-  std::vector<MlaShare> found(batches.size() * cuda_on_host::kThreads);
-  std::vector<std::thread> threads;
-  for (int i = 0; i < cuda_on_host::kThreads; ++i)
-    threads.emplace_back([&, i] {
-      threadIdx.x = i;
-      for (std::size_t n = 0; n < batches.size(); ++n) {
-        blockIdx.x = batches[n].cta;
-        found[n * cuda_on_host::kThreads + i] = zebra::mla_share(
-            batches[n].a, scratch, zebra::mla_first_length(batches[n].a), [] { __syncthreads(); });
-        __syncthreads();
-      }
-    });
-  for (std::thread& thread : threads) thread.join();
+  std::vector<MlaShare> found(batches.size() * zebra::kMlaLineThreads);
+  cuda_on_host::run_cta(zebra::kMlaLineThreads, {}, [&](int i) {
+    for (std::size_t n = 0; n < batches.size(); ++n) {
+      blockIdx.x = batches[n].cta;
+      found[n * zebra::kMlaLineThreads + i] = zebra::mla_share(
+          batches[n].a, scratch, zebra::mla_first_length(batches[n].a), [] { __syncthreads(); });
+      __syncthreads();
+    }
+  });
   for (std::size_t n = 0; n < batches.size(); ++n) {
     ++checked;
     const MlaShare want = plain_share(batches[n].a, batches[n].cta);
-    for (int i = 0; i < cuda_on_host::kThreads; ++i) {
-      const MlaShare& got = found[n * cuda_on_host::kThreads + i];
+    for (int i = 0; i < zebra::kMlaLineThreads; ++i) {
+      const MlaShare& got = found[n * zebra::kMlaLineThreads + i];
       if (got.low == want.low && got.high == want.high && got.has_empty == want.has_empty &&
           got.batch == want.batch && got.start == want.start && got.length == want.length &&
           got.units == want.units && (want.low == want.high || got.each == want.each))
@@ -148,26 +143,22 @@ void units_are_found() {
     a.passes = 1 + below(2), a.least = below(3), a.item_cost = below(2);
     a.is_split = n % 3 == 0, a.pieces = 60, a.ctas = zebra::mla_divisor(1 + below(132));
     if (a.is_split) a.least = a.item_cost = 0;
-    batch.found.resize(cuda_on_host::kThreads);
+    batch.found.resize(zebra::kMlaLineThreads);
   }
-  std::vector<std::thread> threads;
-  for (int i = 0; i < cuda_on_host::kThreads; ++i)
-    threads.emplace_back([&, i] {
-      threadIdx.x = i;
-      for (Batch& batch : batches) {
-        const int items = batch.a.batch * batch.a.passes;
-        if (batch.a.batch <= zebra::kMlaLaneBatch) {
-          batch.found[i] = zebra::mla_find_unit<true>(batch.a, i % items);
-        } else {
-          for (int k = 0; k < kItems; ++k) {
-            const MlaUnit found = zebra::mla_find_unit<true>(batch.a, item_of(k, items));
-            if (i == k * 37 % cuda_on_host::kThreads) batch.found[k] = found;  // of any warp
-          }
+  cuda_on_host::run_cta(zebra::kMlaLineThreads, {}, [&](int i) {
+    for (Batch& batch : batches) {
+      const int items = batch.a.batch * batch.a.passes;
+      if (batch.a.batch <= zebra::kMlaLaneBatch) {
+        batch.found[i] = zebra::mla_find_unit<true>(batch.a, i % items);
+      } else {
+        for (int k = 0; k < kItems; ++k) {
+          const MlaUnit found = zebra::mla_find_unit<true>(batch.a, item_of(k, items));
+          if (i == k * 37 % zebra::kMlaLineThreads) batch.found[k] = found;  // of any warp
         }
-        __syncthreads();
       }
-    });
-  for (std::thread& thread : threads) thread.join();
+      __syncthreads();
+    }
+  });
   for (Batch& batch : batches) {
     ++checked;
     MlaArgs& a = batch.a;
@@ -183,7 +174,7 @@ void units_are_found() {
         if (walk.token == 0) walk.list(a, share);
     }
     const bool by_lane = a.batch <= zebra::kMlaLaneBatch;
-    for (int i = 0; i < (by_lane ? cuda_on_host::kThreads : kItems); ++i) {
+    for (int i = 0; i < (by_lane ? zebra::kMlaLineThreads : kItems); ++i) {
       const int item = by_lane ? i % items : item_of(i, items);
       const MlaUnit &want = listed[item], &got = batch.found[i];
       if (got.count == want.count &&

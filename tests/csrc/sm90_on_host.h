@@ -4,17 +4,13 @@
 // the two its operands must not change.
 #pragma once
 
-#define ZEBRA_HOST_THREADS 384
 #include "cuda_on_host.h"
 
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include <mutex>
 #include <type_traits>
-#include <vector>
 
 #define __global__
 #define __shared__
@@ -41,17 +37,8 @@ struct CUtensorMap {
   int box[3];
 };
 
-template <typename V>
-V exchange(V value, int from) {
-  int bits;
-  static_assert(sizeof(V) == 4);
-  std::memcpy(&bits, &value, 4);
-  bits = among_lanes(bits, [&](const int* v) { return v[from]; });
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline float __shfl_xor_sync(unsigned, float value, int by) {
-  return exchange(value, (threadIdx.x % 32) ^ by);
+inline float __shfl_xor_sync(unsigned mask, float value, int by) {
+  return __shfl_sync(mask, value, (threadIdx.x % 32) ^ by);
 }
 inline float __fdividef(float a, float b) { return a / b; }
 
@@ -123,15 +110,37 @@ template <typename T>
 std::uint32_t pack(float lo, float hi) {
   return narrow<T>(lo) | static_cast<std::uint32_t>(narrow<T>(hi)) << 16;
 }
+// A thread's copies land when they are asked for or, where `copies_are_late`, when it waits.
+inline bool copies_are_late = false;
+inline thread_local std::vector<std::vector<std::function<void()>>> copies(1);
+inline void copy_async(std::uint32_t to, const void* from, int bytes, bool is_valid) {
+  const auto copy = [=] {
+    std::memset(smem + to, 0, bytes);
+    if (is_valid) std::memcpy(smem + to, from, bytes);
+  };
+  if (copies_are_late)
+    copies.back().push_back(copy);
+  else
+    copy();
+}
 inline void cp_async_16(std::uint32_t to, const void* from, bool is_valid) {
-  std::memset(smem + to, 0, 16);
-  if (is_valid) std::memcpy(smem + to, from, 16);
+  copy_async(to, from, 16, is_valid);
 }
 inline void cp_async_4(std::uint32_t to, const void* from, bool is_valid) {
-  std::memset(smem + to, 0, 4);
-  if (is_valid) std::memcpy(smem + to, from, 4);
+  copy_async(to, from, 4, is_valid);
 }
-inline void cp_async_wait_all() {}
+inline void cp_async_commit() { copies.emplace_back(); }
+template <int kPending>
+void cp_async_wait() {
+  while (static_cast<int>(copies.size()) - 1 > kPending) {
+    for (const auto& copy : copies.front()) copy();
+    copies.erase(copies.begin());
+  }
+}
+inline void cp_async_wait_all() {
+  cp_async_commit();
+  cp_async_wait<0>();
+}
 struct NamedBarrier {
   std::mutex mutex;
   std::condition_variable all;
@@ -149,29 +158,60 @@ struct NamedBarrier {
   }
 };
 inline NamedBarrier named_barriers[16];
+// At the end of a CTA.
+inline void all_have_met() {
+  for (int id = 0; id < 16; ++id)
+    if (named_barriers[id].arrived != 0) stuck("the CTA's end: some wait at named barrier", id);
+}
 inline void named_barrier(int id, int threads) { named_barriers[id].meet(id, threads, true); }
 inline void named_barrier_arrive(int id, int threads) {
   named_barriers[id].meet(id, threads, false);
 }
 inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t addr) {
   const int lane = threadIdx.x % 32;
-  for (int m = 0; m < 4; ++m) {
-    const std::uint32_t row = exchange(addr, 8 * m + lane / 4);
-    std::memcpy(&r[m], smem + row + lane % 4 * 4, 4);
-  }
+  cuda_on_host::among_lanes(addr, [&](auto of) {
+    for (int m = 0; m < 4; ++m) std::memcpy(&r[m], smem + of(8 * m + lane / 4) + lane % 4 * 4, 4);
+    return 0;
+  });
 }
-// Of the other kernels, which are not run.
+inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t addr) {
+  const int lane = threadIdx.x % 32;
+  cuda_on_host::among_lanes(addr, [&](auto of) {
+    for (int m = 0; m < 4; ++m) {
+      std::uint16_t pair[2];
+      for (int k = 0; k < 2; ++k)
+        std::memcpy(&pair[k], smem + of(8 * m + lane % 4 * 2 + k) + lane / 4 * 2, 2);
+      r[m] = pair[0] | static_cast<std::uint32_t>(pair[1]) << 16;
+    }
+    return 0;
+  });
+}
+template <typename T>
+void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  struct Registers {
+    std::uint32_t a[4], b[2];
+  };
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  const auto element = [](std::uint32_t pair, int k) {
+    return widen<T>(static_cast<std::uint16_t>(pair >> 16 * (k % 2)));
+  };
+  cuda_on_host::among_lanes(Registers{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](auto of) {
+    for (int k = 0; k < 16; ++k) {
+      const Registers row = of(4 * g + k % 8 / 2);
+      for (int n = 0; n < 2; ++n) {
+        const float column = element(of(4 * (2 * c + n) + k % 8 / 2).b[k / 8], k);
+        for (int i = 0; i < 2; ++i) d[2 * i + n] += element(row.a[k / 8 * 2 + i], k) * column;
+      }
+    }
+    return 0;
+  });
+}
+inline int thread_index() { return threadIdx.x; }
+inline void prefetch_l2(const void*) {}
 template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
-inline void prefetch_l2(const void*) {}
-inline void ldmatrix_x4_trans(std::uint32_t (&)[4], std::uint32_t) {}
-inline void cp_async_commit() {}
-template <int>
-void cp_async_wait() {}
-template <typename T>
-void mma(float (&)[4], const std::uint32_t (&)[4], std::uint32_t, std::uint32_t) {}
 
 namespace sm90 {
 
@@ -200,6 +240,11 @@ inline void mbarrier_init(std::uint32_t bar, std::uint32_t arrivals) {
 }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(std::uint32_t bar) { mbarrier(bar).change(1, 0); }
+constexpr std::uint32_t kWarpArrivals = 1;
+inline void mbarrier_arrive_warp(std::uint32_t bar, int lane = threadIdx.x % 32) {
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(bar);
+}
 inline void mbarrier_expect(std::uint32_t bar, std::uint32_t bytes) {
   mbarrier(bar).change(1, bytes);
 }
@@ -222,7 +267,7 @@ inline void stmatrix_x4(std::uint32_t addr, std::uint32_t r0, std::uint32_t r1, 
   const std::uint32_t r[4] = {r0, r1, r2, r3};
   const int lane = threadIdx.x % 32;
   for (int m = 0; m < 4; ++m) {
-    const std::uint32_t row = exchange(addr, 8 * m + lane / 4);
+    const std::uint32_t row = __shfl_sync(~0u, addr, 8 * m + lane / 4);
     std::memcpy(smem + row + lane % 4 * 4, &r[m], 4);
   }
 }
@@ -238,8 +283,8 @@ inline void tma_load_3d(std::uint32_t to, const CUtensorMap* map, std::uint32_t 
       std::uint16_t v = 0;
       if (at[0] < map->sizes[0] && at[1] < map->sizes[1] && at[2] < map->sizes[2])
         v = map->base[at[0] * map->strides[0] + at[1] * map->strides[1] + at[2] * map->strides[2]];
-      const std::uint32_t addr = to + r * 128 + c * 2;
-      std::memcpy(smem + (addr ^ (addr >> 3 & 0x70)), &v, 2);
+      const std::uint32_t addr = to + (r * map->box[0] + c) * 2;  // rows of 128 or 64 bytes
+      std::memcpy(smem + (addr ^ (addr >> 3 & (map->box[0] == 64 ? 0x70 : 0x30))), &v, 2);
     }
   mbarrier(bar).change(0, -bytes);
 }
@@ -323,7 +368,7 @@ void wgmma_rs(float (&d)[kSize], const std::uint32_t (&a)[4], std::uint64_t b,
   } rows;
   for (int c = 0; c < 4; ++c)
     for (int n = 0; n < 4; ++n) {
-      const std::uint32_t pair = exchange(a[n], threadIdx.x % 32 / 4 * 4 + c);
+      const std::uint32_t pair = __shfl_sync(~0u, a[n], threadIdx.x % 32 / 4 * 4 + c);
       rows.v[n % 2][n / 2 * 8 + 2 * c] = widen<T>(pair & 0xffff);
       rows.v[n % 2][n / 2 * 8 + 2 * c + 1] = widen<T>(pair >> 16);
     }

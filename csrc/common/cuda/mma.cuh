@@ -173,6 +173,14 @@ __device__ __forceinline__ float2 unpack<__half>(std::uint32_t v) {
   return __half22float2(*reinterpret_cast<const __half2*>(&v));
 }
 
+// ---- special registers [10.3]: threadIdx.x, read anew at every call
+
+__device__ __forceinline__ int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // ---- barriers [9.7.13.1]
 
 // Of `threads` threads (a multiple of 32); ids 1..15 (0 is __syncthreads).
