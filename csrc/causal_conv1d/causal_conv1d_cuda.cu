@@ -27,9 +27,8 @@
 //                rate; backward 34, 70 %.
 // Predicted      forward 0.103 ms, backward 0.170 ms, an event floor of 4.3 us in each.
 // Measured       H200, 2026-11-23, 2x8192 x 6144 bf16: forward 104.8 us (91 % of the floor, a copy
-// of the
-//                same bytes 103.2), forward + backward 272 us (87 %), event floor of 3.4 us in
-//                each. benchmarks/bench_causal_conv1d.py --device cuda
+//                of the same bytes 103.2), forward + backward 272 us (87 %), event floor of 3.4 us
+//                in each. benchmarks/bench_causal_conv1d.py --device cuda
 #include <initializer_list>
 
 #include "causal_conv1d/causal_conv1d_backward.cuh"

@@ -43,8 +43,8 @@
 // Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
 //                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 0.3 us more
 //                with at most 4 rows of x, 1.6 us with more.
-// Measured       H200, 2026-11-27: 4096 x 4096 with 1 / 16 / 64 rows 9.4 / 10.1 / 12.7 us a link;
-//                H100, 2026-11-28: 11.9 / 12.4 / 14.5.
+// Measured       H200, 2026-11-28: 4096 x 4096 with 1 / 16 / 64 rows 9.2 / 10.1 / 12.4 us a link,
+//                86 / 79 / 66 % of the floor; H100: 11.9 / 12.4 / 14.5.
 //                benchmarks/bench_linear_decode.py --device cuda
 #include "linear_decode/linear_decode_sm90_launch.h"
 
