@@ -191,7 +191,7 @@ function(zebra_build_libraries)
     # Whole kernels, on Hopper's instructions as the host has them.  Their threads are threads, so
     # ThreadSanitizer finds what a barrier does not order.
     set(CMAKE_REQUIRED_FLAGS -fsanitize=thread)
-    set(CMAKE_REQUIRED_LINK_OPTIONS -fsanitize=thread)
+    set(CMAKE_REQUIRED_LINK_OPTIONS -fsanitize=thread -static-libtsan)
     check_cxx_source_runs("int main() {}" ZEBRA_HAS_THREAD_SANITIZER)
     unset(CMAKE_REQUIRED_FLAGS)
     unset(CMAKE_REQUIRED_LINK_OPTIONS)
@@ -200,7 +200,8 @@ function(zebra_build_libraries)
         tests/csrc/sm90_on_host tests/csrc)
       if(ZEBRA_HAS_THREAD_SANITIZER)
         target_compile_options(zebra_emulate_${kernel} PRIVATE -fsanitize=thread -g)
-        target_link_options(zebra_emulate_${kernel} PRIVATE -fsanitize=thread)
+        target_link_options(zebra_emulate_${kernel} PRIVATE
+          -fsanitize=thread -static-libtsan)  # and so finds what is suppressed
       endif()
     endforeach()
   endif()
