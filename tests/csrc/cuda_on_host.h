@@ -3,9 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -33,20 +36,23 @@ struct Index {
 };
 constexpr int kMostThreads = 384;
 
+[[noreturn]] inline void stuck(const char* what, unsigned which);
+constexpr std::chrono::seconds kPatience{60};
+
 // A barrier of as many threads as it is told.
 struct Meeting {
   std::mutex mutex;
   std::condition_variable all;
   int arrived = 0;
   unsigned phase = 0;
-  void meet(int threads) {
+  void meet(int threads, const char* what, unsigned which, bool waits = true) {
     std::unique_lock lock(mutex);
     const unsigned mine = phase;
     if (++arrived == threads) {
       arrived = 0, ++phase;
       all.notify_all();
-    } else {
-      all.wait(lock, [&] { return phase != mine; });
+    } else if (waits && !all.wait_for(lock, kPatience, [&] { return phase != mine; })) {
+      stuck(what, which);
     }
   }
 };
@@ -65,6 +71,13 @@ inline cuda_on_host::Index gridDim, blockDim;
 using std::max, std::min;
 
 namespace cuda_on_host {
+
+inline void stuck(const char* what, unsigned which) {
+  std::printf("stuck: thread %d of CTA (%d, %d) at %s %u\n", threadIdx.x, blockIdx.x, blockIdx.y,
+              what, which);
+  std::fflush(stdout);
+  std::_Exit(3);
+}
 
 // Runs a CTA of `threads` threads.
 template <typename Kernel>
@@ -85,13 +98,13 @@ auto among_lanes(const V& value, Read read) {
   static_assert(sizeof(V) <= sizeof(Warp::values[0]));
   Warp& warp = warps[threadIdx.x / 32];
   std::memcpy(warp.values[threadIdx.x % 32], &value, sizeof(V));
-  warp.meeting.meet(32);
+  warp.meeting.meet(32, "warp", threadIdx.x / 32);
   const auto result = read([&](int lane) {
     V v;
     std::memcpy(&v, warp.values[lane], sizeof(V));
     return v;
   });
-  warp.meeting.meet(32);
+  warp.meeting.meet(32, "warp", threadIdx.x / 32);
   return result;
 }
 
@@ -128,4 +141,4 @@ inline void __syncwarp() {
   cuda_on_host::among_lanes(0, [](auto of) { return of(0); });
 }
 inline bool __any_sync(unsigned, bool value) { return __ballot_sync(0, value) != 0; }
-inline void __syncthreads() { cuda_on_host::cta.meet(blockDim.x); }
+inline void __syncthreads() { cuda_on_host::cta.meet(blockDim.x, "__syncthreads", 0); }

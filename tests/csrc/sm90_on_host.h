@@ -6,9 +6,6 @@
 
 #include "cuda_on_host.h"
 
-#include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <type_traits>
 
@@ -47,13 +44,7 @@ namespace {
 alignas(1024) unsigned char smem[232448];
 }
 
-[[noreturn]] inline void stuck(const char* what, std::uint32_t which) {
-  std::printf("stuck: thread %d of CTA (%d, %d) at %s %u\n", threadIdx.x, blockIdx.x, blockIdx.y,
-              what, which);
-  std::fflush(stdout);
-  std::_Exit(3);
-}
-constexpr std::chrono::seconds kPatience{60};
+using cuda_on_host::kPatience, cuda_on_host::stuck;
 
 template <typename T>
 float widen(std::uint16_t bits) {
@@ -141,31 +132,17 @@ inline void cp_async_wait_all() {
   cp_async_commit();
   cp_async_wait<0>();
 }
-struct NamedBarrier {
-  std::mutex mutex;
-  std::condition_variable all;
-  int arrived = 0;
-  unsigned phase = 0;
-  void meet(int id, int threads, bool waits) {
-    std::unique_lock lock(mutex);
-    const unsigned mine = phase;
-    if (++arrived == threads) {
-      arrived = 0, ++phase;
-      all.notify_all();
-    } else if (waits && !all.wait_for(lock, kPatience, [&] { return phase != mine; })) {
-      stuck("named barrier", id);
-    }
-  }
-};
-inline NamedBarrier named_barriers[16];
+inline cuda_on_host::Meeting named_barriers[16];
 // At the end of a CTA.
 inline void all_have_met() {
   for (int id = 0; id < 16; ++id)
     if (named_barriers[id].arrived != 0) stuck("the CTA's end: some wait at named barrier", id);
 }
-inline void named_barrier(int id, int threads) { named_barriers[id].meet(id, threads, true); }
+inline void named_barrier(int id, int threads) {
+  named_barriers[id].meet(threads, "named barrier", id);
+}
 inline void named_barrier_arrive(int id, int threads) {
-  named_barriers[id].meet(id, threads, false);
+  named_barriers[id].meet(threads, "named barrier", id, false);
 }
 inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t addr) {
   const int lane = threadIdx.x % 32;
