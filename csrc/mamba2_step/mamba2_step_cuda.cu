@@ -16,8 +16,9 @@
 // Bound          HBM: the state, read and written once; below some 4 rows, latency.
 // Predicted      H200, 8B layer (32 heads, 128 x 128 fp32), 64 rows: 64 us / 0.88 = 72 us;
 //                1 row: 5 us.
-// Measured       H200, 2026-11-28: 64 rows 80 us (80 % of the floor), 1 row 10 us alone; H100: 7 us
-//                in a decoding step.  benchmarks/bench_mamba2_step.py --device cuda
+// Measured       H200, 2026-11-28: 64 rows 81 us (80 % of the floor), 1 row 10 us alone and 6.3 us
+//                in a decoding step.  benchmarks/bench_mamba2_step.py, bench_decode.py --device
+//                cuda
 #include "common/cuda/launch.h"
 #include "common/cuda/mma.cuh"
 #include "common/cuda/vec.cuh"
