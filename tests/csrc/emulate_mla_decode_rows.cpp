@@ -4,7 +4,7 @@
 // The device's code.
 #include "mla_decode/mla_decode_kernel.cuh"
 #include "mla_decode/mla_decode_tma.cuh"
-//
+// What runs it.
 #include "mla_decode_problem.h"
 
 namespace {

@@ -3,7 +3,7 @@
 #include "sm90_on_host.h"
 // The device's code.
 #include "mla_decode/mla_decode_wide.cuh"
-//
+// What runs it.
 #include "mla_decode_problem.h"
 
 // A warp may clear the rows past the end of a sequence while another one's scores with them are
@@ -16,7 +16,7 @@ namespace {
 template <typename T, int kRank>
 struct Wide {
   using Maps = zebra::MlaWideMaps;
-  static constexpr int kThreads = 384;
+  static constexpr int kThreads = zebra::kMlaProducts + 128;
   static constexpr bool kTma = true;
 
   static MlaDecodeConfig configure(const zebra::MlaDecodeShape& shape, int sms) {
