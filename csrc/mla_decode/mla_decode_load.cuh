@@ -84,13 +84,16 @@ __device__ __forceinline__ void mla_copy_wait(int pending) {
 template <typename S>
 struct MlaLoader {
   // To the stream's next stage.  Every piece has one at least, be it empty: all streams attend the
-  // end of a piece.  One lane.
+  // end of a piece.  With cp.async it has as many of every stream, because a barrier belongs to
+  // each, and compute-sanitizer's racecheck takes warps that met others less often for unordered.
+  // One lane.
   static __device__ __forceinline__ void advance(const MlaArgs& a, const MlaShare& s, MlaWalk& walk,
                                                  int stream) {
     if (walk.flags == MlaStep::kStop) return;
-    int token = walk.stage + S::kStage * a.streams;
+    const int ahead = S::kStage * a.streams, lag = S::kTma ? 0 : S::kStage * stream;
+    int token = walk.stage + ahead;
     int flags = 0;
-    if (token >= walk.end) {
+    if (token - lag >= walk.end) {
       if (walk.advance(a, s)) {
         flags = MlaStep::kFirst;
       } else {
@@ -99,8 +102,7 @@ struct MlaLoader {
       }
       token = walk.token + S::kStage * stream;
     }
-    if (flags != MlaStep::kStop && token + S::kStage * a.streams >= walk.end)
-      flags |= MlaStep::kLast;
+    if (flags != MlaStep::kStop && token + ahead - lag >= walk.end) flags |= MlaStep::kLast;
     walk.stage = token, walk.flags = flags;
   }
   // The table's entry for a cached token.  Neighbours of it are needed soon after and then lie in

@@ -150,9 +150,11 @@ __global__ void __launch_bounds__(kMlaTmaThreads, 1)
         opened = -1;
       }
       const int left = step->end - step->token;
-      if (left > 0 && left < S::kStage) {
+      // All teams meet here, the one that has the last rows and those that do not: racecheck takes
+      // warps that met others less often for unordered.
+      if ((flags & MlaStep::kLast) && step->end % S::kStage != 0) {
         const int team = 32 << a.log_team;  // threads
-        mla_clear_tail<S>(tile, left, place.member * 32 + lane, team);
+        if (left > 0) mla_clear_tail<S>(tile, left, place.member * 32 + lane, team);
         sm90::fence_async_proxy();
         named_barrier(1 + place.stream, team);
       }

@@ -186,7 +186,10 @@ struct MlaWideRows {
     }
 
     const int left = step.end - token;
-    if (left < kMlaWideBlock) slot.clear_tail(left, threadIdx.x % 128);
+    if (left < kMlaWideBlock) {
+      named_barrier(kMlaBarrierOwn + half, 128);  // the scores of the other warps are made
+      slot.clear_tail(left, threadIdx.x % 128);
+    }
     if (a.scale < 0.f) {
 #pragma unroll
       for (float& v : s) v = -v;
@@ -358,6 +361,9 @@ __device__ __forceinline__ void mla_wide_piece(const MlaArgs& a, MlaWideRows<T, 
     mine.follow(slot);
     sm90::wgmma_wait<0>(mine.o);
     mine.release_rest(slot);
+    // The block's owner met before it cleared rows past the end.  Here nobody has to, but racecheck
+    // takes warps that met others less often for unordered.
+    if ((step.end - step.token) % kMlaWideBlock != 0) named_barrier(kMlaBarrierOwn + kHalf, 128);
   }
 }
 

@@ -6,11 +6,6 @@
 // What runs it.
 #include "mla_decode_problem.h"
 
-// A warp may clear the rows past the end of a sequence while another one's scores with them are
-// still made: those scores are masked, whatever they are.
-extern "C" const char* __tsan_default_suppressions();
-extern "C" const char* __tsan_default_suppressions() { return "race:clear_tail\n"; }
-
 namespace {
 
 template <typename T, int kRank>
