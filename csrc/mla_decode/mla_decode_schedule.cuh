@@ -115,10 +115,10 @@ struct MlaDeal {
   }
 };
 
-// A warp's sum of the lanes up to each.
-__device__ __forceinline__ int mla_scan(int v, int lane) {
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
+// A warp's sum of the lanes up to each; the first `lanes` have something.
+__device__ __forceinline__ int mla_scan(int v, int lane, int lanes = 32) {
+#pragma unroll 1
+  for (int d = 1; d < lanes; d *= 2) {
     const int below = __shfl_up_sync(kWarp, v, d);
     if (lane >= d) v += below;
   }
@@ -222,9 +222,9 @@ __device__ __forceinline__ MlaShare mla_share(const MlaArgs& a, int* scratch, in
   if (a.batch <= kMlaLaneBatch) {
     const int length = lane < a.batch ? min(max(first_length, 0), a.max_tokens) : 0;
     const int units = mla_units(a, length), weight = mla_weight(a, units);
-    const int until = mla_scan(weight, lane), start = until - weight;
+    const int until = mla_scan(weight, lane, a.batch), start = until - weight;
     s.has_empty = __any_sync(kWarp, lane < a.batch && length == 0);
-    deal(__shfl_sync(kWarp, until, 31));
+    deal(__shfl_sync(kWarp, until, a.batch - 1));
     const unsigned who = __ballot_sync(kWarp, s.low < s.high && s.low >= start && s.low < until);
     s.batch = who == 0 ? 0 : __ffs(who) - 1;
     s.start = __shfl_sync(kWarp, start, s.batch), s.length = __shfl_sync(kWarp, length, s.batch);
@@ -290,10 +290,10 @@ template <bool kMore>
 __device__ __forceinline__ MlaUnit mla_find_unit(const MlaLine& a, int item) {
   const int lane = threadIdx.x % 32, b = item / a.passes;
   int weight = 0, before = 0, units = 0;  // of the run; up to b in it; of b
-  int owner = b;
+  int owner = b, lanes = 32;
   if (!kMore || a.batch <= kMlaLaneBatch) {
     if (lane < a.batch) units = mla_units(a, mla_length(a, lane));
-    weight = mla_weight(a, units);
+    weight = mla_weight(a, units), lanes = a.batch;
   } else {
     constexpr int kAtOnce = 4;
     const int run = (a.batch + 31) / 32;
@@ -313,8 +313,8 @@ __device__ __forceinline__ MlaUnit mla_find_unit(const MlaLine& a, int item) {
       }
     }
   }
-  const int until = mla_scan(weight, lane);
-  return mla_unit_of(a, item, __shfl_sync(kWarp, until, 31),
+  const int until = mla_scan(weight, lane, lanes);
+  return mla_unit_of(a, item, __shfl_sync(kWarp, until, lanes - 1),
                      __shfl_sync(kWarp, until - weight + before, owner),
                      __shfl_sync(kWarp, units, owner));
 }
