@@ -352,7 +352,6 @@ __global__ void __launch_bounds__(linear_bound_threads(kTokens), linear_ctas_of_
     linear_decode_sm90_kernel(const __grid_constant__ LinearArgs a) {
   using S = LinearSmem;
   using Product = LinearProduct<T, kTokens, kRowTiles, kSlices>;
-  const int cluster = a.cfg.cluster;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.cfg.stages; ++i) {
       mbarrier_init(linear_shared_at(S::kFull) + 8 * i, 1);
@@ -363,19 +362,18 @@ __global__ void __launch_bounds__(linear_bound_threads(kTokens), linear_ctas_of_
     mbarrier_init(linear_shared_at(S::kLookedUp), kLinearLookingUp);
     mbarrier_init_fence();
   }
-  __syncthreads();
   // The peer may be spoken to once both have passed here.
-  if (cluster == 2) cluster_arrive();
+  if (a.cfg.cluster == 2)
+    cluster_meet();
+  else
+    __syncthreads();
   // Through a shuffle, so that the compiler knows that warps do not diverge: else every descriptor
   // costs four moves into uniform registers.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp < 4) {
     if (threadIdx.x == 0) LinearLoader{a, LinearWork(a)}.walk();
     if (warp > 0 && a.cfg.projects) linear_look_up_tokens(a);
-    __syncwarp();
-    if (cluster == 2) cluster_wait();
   } else {
-    if (cluster == 2) cluster_wait();
     Product{a, LinearWork(a)}.walk([&] {
       if constexpr (kTokens == 8) {  // at most as many are normalised here
         if (a.cfg.norms) return LinearNorm<T>{a}.run();

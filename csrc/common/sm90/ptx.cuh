@@ -142,12 +142,9 @@ __device__ __forceinline__ std::uint32_t cluster_addr(std::uint32_t addr, std::u
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
   return r;
 }
-// A barrier of all threads of the cluster in two halves; whole warps call them.  It orders
-// mbarrier_init_fence(), and no other writes.
-__device__ __forceinline__ void cluster_arrive() {
+// A barrier of all threads of the cluster.  It orders mbarrier_init_fence(), and no other writes.
+__device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_store(std::uint32_t addr, float v) {
