@@ -64,7 +64,7 @@ py::dict linear_decode_sm90_config(std::int64_t rows, std::int64_t outputs, std:
                   py::arg("unit") = c.unit, py::arg("units") = c.units,
                   py::arg("clusters") = c.clusters, py::arg("box_rows") = c.box_rows,
                   py::arg("boxes") = c.boxes, py::arg("steps") = c.steps,
-                  py::arg("norms") = c.norms, py::arg("starts_next_first") = c.starts_next_first,
+                  py::arg("norms") = c.norms, py::arg("last_loads") = c.last_loads,
                   py::arg("stages") = c.stages, py::arg("stage_bytes") = c.stage_bytes,
                   py::arg("smem_bytes") = c.smem_bytes);
 }

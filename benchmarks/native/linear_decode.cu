@@ -39,9 +39,9 @@ void launch(const LinearDecodeParams& p, const Route& r, cudaStream_t stream = n
 void print_config(const LinearDecodeSm90Config& c) {
   std::printf(
       "  tokens %d, row tiles %d, slices %d, cluster %d, unit %d x %d, clusters %d, boxes %d, "
-      "steps %d, stages %d, shared %d, starts next first %d\n",
+      "steps %d, stages %d, shared %d, last loads %d\n",
       c.tokens, c.row_tiles, c.slices, c.cluster, c.unit, c.units, c.clusters, c.boxes, c.steps,
-      c.stages, c.smem_bytes, c.starts_next_first);
+      c.stages, c.smem_bytes, c.last_loads);
 }
 
 // ---- check
@@ -90,8 +90,8 @@ void check_chain(Arena& arena, long rows, long dim, int layers, bool swiglu, con
   using T = __nv_bfloat16;
   char name[160];
   std::snprintf(name, sizeof(name),
-                "chain of %d, %ld rows, dim %ld, swiglu %d, %s, shared %d, first %d", layers, rows,
-                dim, swiglu, route.name, route.tuning.smem_bytes, route.tuning.starts_next_first);
+                "chain of %d, %ld rows, dim %ld, swiglu %d, %s, shared %d, last bytes %d", layers,
+                rows, dim, swiglu, route.name, route.tuning.smem_bytes, route.tuning.last_bytes);
   current_case = name;
   ++tally.runs;
   arena.release(0);
@@ -245,7 +245,7 @@ int check() {
       check_chain(arena, M, 2048, 24, false, r);
       check_chain(arena, M, 1024, 24, true, r);
       if (r.early == Early::kNothing) continue;
-      for (const Tuning& t : {Tuning{0, 0, kHalf, 1}, Tuning{0, 0, kWhole, 0}}) {
+      for (const Tuning& t : {Tuning{0, 0, kHalf, 1 << 20}, Tuning{0, 0, kWhole, 0}}) {
         const Route tuned{r.name, false, r.early, t};
         check_chain(arena, M, 4096, 12, false, tuned);
         check_chain(arena, M, 2048, 24, false, tuned);

@@ -35,10 +35,10 @@
 // Launch         with the programmatic attribute.  Under stream capture W is requested into shared
 //                memory before the preceding kernels have ended: in a graph they must not write it.
 //                Otherwise it is requested into L2, where any write to it is seen.  Dependents
-//                start as soon as W is requested, or when the last copy is issued.
+//                may start when a CTA has 64 KB left to ask for, 128 KB with up to 8 tokens.
 // Registers      at most 80 a thread up to 64 tokens, so that two CTAs fit; 128 with 128.
-// Alignment      rows of x and W, and norm_weight, to 16 bytes; other calls take the portable
-//                kernel (linear_decode_cuda.cu).
+// Alignment      rows of x and W, and norm_weight, to 16 bytes; other calls take ATen's product
+//                (linear_decode_cuda.cu).
 // Bound          HBM: W once.  Through L2 x is read once a CTA (tokens / unit of W's bytes).
 // Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
 //                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 0.3 us more

@@ -40,6 +40,12 @@ constexpr int linear_run_boxes(int tokens, bool norms) {
 }
 constexpr int kLinearRunStages = 4;
 
+// Bytes that a CTA has yet to ask for when it lets the next launch start, whose ring should fill
+// when this one's has no more to do: earlier, and the next one's stages come before the last ones
+// of this; later, and memory waits.  With few tokens, and no norm in between, what follows is
+// short.
+constexpr int kLinearLastBytes = 65536, kLinearLastBytesOfFew = 131072;
+
 // Up to 16 tokens, CTAs of more rows than this have units of one product's 64: stages of long runs
 // are then small enough for a ring of many.
 constexpr std::int64_t kLinearTallShare = 96;
@@ -107,7 +113,7 @@ struct LinearDecodeSm90Config {
   bool projects;
   int tokens_offset;  // what a projection looks up of every row of x
   int smem_bytes;
-  bool starts_next_first;  // the next launch may start before x is there
+  int last_loads;  // stages that a CTA has yet to ask for when it lets the next launch start
 };
 
 // Tokens whose sums lie in shared memory together on their way out, and the floats between them.
@@ -121,7 +127,7 @@ constexpr int kLinearTokenBytes = 16;  // of a row of x, where a projection look
 
 // What a caller may fix to measure with; 0, or -1: chosen here.
 struct LinearDecodeSm90Tuning {
-  int cluster = 0, boxes = 0, smem_bytes = 0, starts_next_first = -1;
+  int cluster = 0, boxes = 0, smem_bytes = 0, last_bytes = -1;
 };
 
 // CTAs of a multiprocessor that registers are kept for.
@@ -229,8 +235,6 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   const int most_bytes = tuning.smem_bytes != 0 ? tuning.smem_bytes
                          : half                 ? kLinearHalfSmemBytes
                                                 : kLinearWholeSmemBytes;
-  c.starts_next_first =
-      tuning.starts_next_first >= 0 ? tuning.starts_next_first != 0 : !half || c.tokens <= 16;
   // Stages of many bytes, but three of them where there is work for three.
   const int most_boxes = c.row_tiles == 1 ? 8 : 4;
   const int least = c.row_tiles == 1 ? 2 * c.slices : 1;  // one product of either warpgroup
@@ -248,6 +252,11 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
     c = narrow;
     break;
   }
+  const bool is_few = c.tokens == 8 && (!s.norm || c.norms);
+  const int last = tuning.last_bytes >= 0 ? tuning.last_bytes
+                   : is_few               ? kLinearLastBytesOfFew
+                                          : kLinearLastBytes;
+  c.last_loads = ceil_div(last, c.stage_bytes);
   return c;
 }
 

@@ -141,7 +141,9 @@ struct LinearLoader {
       if (a.early == Early::kIntoL2) prefetch(at);
       if (a.early == Early::kIntoShared) load_weight(at, i);
     }
-    if (a.cfg.starts_next_first) grid_launch_dependents();
+    // After so many loads the next launch may start.
+    const int next = all - a.cfg.last_loads;
+    if (next <= 0) grid_launch_dependents();
     grid_dependency_wait();
     fence_async_proxy_global();
     at = first();
@@ -150,6 +152,7 @@ struct LinearLoader {
       if (a.early != Early::kIntoShared) load_weight(at, i);
       load_x(at, i);
     }
+    if (next > 0 && next <= ahead) grid_launch_dependents();
     LinearRing r;
 #pragma unroll 1
     for (int i = ahead; i < all; ++i, advance(at)) {
@@ -157,9 +160,8 @@ struct LinearLoader {
       load_weight(at, r.slot);
       load_x(at, r.slot);
       r.advance(a.cfg.stages);
+      if (i + 1 == next) grid_launch_dependents();
     }
-    // Their first loads then follow on the last ones of this kernel.
-    if (!a.cfg.starts_next_first) grid_launch_dependents();
   }
 };
 
