@@ -6,7 +6,6 @@
 #include <string>
 
 #include "causal_conv1d/causal_conv1d_config.h"
-#include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
 #include "mla_decode/mla_decode_wide_config.h"
 #include "rms_norm/rms_norm_config.h"
@@ -44,13 +43,6 @@ py::dict causal_conv1d_config(std::int64_t batch, std::int64_t tokens, std::int6
                   py::arg("channel_blocks") = c.channel_blocks, py::arg("tile") = c.tile,
                   py::arg("tiles") = c.tiles, py::arg("items") = c.items,
                   py::arg("partials") = c.partials);
-}
-
-py::dict linear_decode_config(std::int64_t rows, std::int64_t outputs, bool swiglu) {
-  const zebra::LinearDecodeConfig c = zebra::select_linear_decode_config(rows, outputs, swiglu);
-  return py::dict(py::arg("threads") = c.threads, py::arg("tokens") = c.tokens,
-                  py::arg("stages") = c.stages, py::arg("smem_bytes") = c.smem_bytes,
-                  py::arg("ctas_outputs") = c.ctas_outputs, py::arg("ctas_tokens") = c.ctas_tokens);
 }
 
 py::dict linear_decode_sm90_config(std::int64_t rows, std::int64_t outputs, std::int64_t K,
@@ -145,8 +137,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rank"), py::arg("rope"), py::arg("max_tokens"), py::arg("split_size") = 0,
         py::arg("sms") = 132, py::arg("smem_limit") = zebra::kMlaSm90SmemBytes,
         py::arg("tma") = false);
-  m.def("_linear_decode_config", &linear_decode_config, py::arg("rows"), py::arg("outputs"),
-        py::arg("swiglu") = false);
   m.def("_linear_decode_sm90_config", &linear_decode_sm90_config, py::arg("rows"),
         py::arg("outputs"), py::arg("K"), py::arg("swiglu") = false, py::arg("sms") = 132,
         py::arg("norm") = false);

@@ -1,6 +1,5 @@
 // Checks and times linear_decode's CUDA kernels without torch: see README.md.
 #include "driver.h"
-#include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_launch.h"
 #include "linear_decode_problem.h"
 #include "linear_project.h"
@@ -13,28 +12,25 @@ using Tuning = LinearDecodeSm90Tuning;
 
 Tally tally;
 
-// Which kernel, and what a measurement may fix.
+// When W is asked for, and what a measurement may fix.
 struct Route {
   const char* name;
-  bool portable;
   Early early;
   Tuning tuning;
 };
-const Route kHopper{"Hopper", false, Early::kIntoShared, {}};
-const Route kHopperL2{"Hopper, W into L2", false, Early::kIntoL2, {}};
-const Route kHopperLate{"Hopper, W not early", false, Early::kNothing, {}};
-const Route kPortable{"portable", true, Early::kNothing, {}};
+const Route kHopper{"Hopper", Early::kIntoShared, {}};
+const Route kHopperL2{"Hopper, W into L2", Early::kIntoL2, {}};
+const Route kHopperLate{"Hopper, W not early", Early::kNothing, {}};
 
 LinearDecodeSm90Config config_of(const LinearDecodeParams& p, const Tuning& tuning) {
   return select_linear_decode_sm90_config(
       {p.rows, p.outputs, p.K, p.swiglu, p.norm_weight != nullptr}, multiprocessors(), tuning);
 }
 bool takes(const LinearDecodeParams& p, const Route& r) {
-  return r.portable || (linear_decode_sm90_takes(p) && linear_ring_turns(config_of(p, r.tuning)));
+  return linear_decode_sm90_takes(p) && linear_ring_turns(config_of(p, r.tuning));
 }
 void launch(const LinearDecodeParams& p, const Route& r, cudaStream_t stream = nullptr) {
-  launched(r.portable ? linear_decode_portable(p, stream)
-                      : sm90::linear_decode_launch(p, r.early, r.tuning, stream));
+  launched(sm90::linear_decode_launch(p, r.early, r.tuning, stream));
 }
 void print_config(const LinearDecodeSm90Config& c) {
   std::printf(
@@ -68,7 +64,7 @@ void check_typed(Arena& arena, const Case& c, const std::vector<Route>& routes, 
                   std::to_string(static_cast<long>(first_difference(first, got)) - kGuard) + "\n";
       if (errors.empty()) continue;
       std::printf("FAIL %s, repeat %d: %s", current_case.c_str(), i, errors.c_str());
-      if (!r.portable) print_config(config_of(problem.p, r.tuning));
+      print_config(config_of(problem.p, r.tuning));
       tally.fail();
       break;
     }
@@ -178,10 +174,9 @@ int check() {
     for (const bool swiglu : {false, true})
       for (const int norm : {0, 1, 2})
         for (const long M : {1, 8, 16, 32, 64, 128}) {
-          check_case(arena, {M, 4096, 4096, swiglu, norm, true, true, bf16, 0, 0},
-                     {kHopper, kPortable}, 3);
+          check_case(arena, {M, 4096, 4096, swiglu, norm, true, true, bf16, 0, 0}, {kHopper}, 3);
           check_case(arena, {M, 1500, 1032, swiglu, norm, false, true, bf16, 8, 16},
-                     {kHopper, kHopperL2, kPortable}, 2);
+                     {kHopper, kHopperL2}, 2);
         }
   tally.section("fusions");
 
@@ -191,7 +186,7 @@ int check() {
         check_case(
             arena,
             {M, N, K, true, static_cast<int>(M % 3), M % 2 == 1, up == 1, K != 520, up * 8, 8, up},
-            {kHopper, kHopperL2, kPortable}, 2);
+            {kHopper, kHopperL2}, 2);
   tally.section("gate and up apart");
 
   // Rows that CTAs normalise themselves: all counts, ends of K that fill no box, several units.
@@ -222,21 +217,11 @@ int check() {
             for (const int norm : {0, 1}) {
               const Tuning t{cluster, boxes, smem};
               check_case(arena, {M, N, 1000, norm == 1 && N == 300, norm, false, false, true, 0, 0},
-                         {{"Hopper, tuned", false, Early::kIntoShared, t},
-                          {"Hopper, tuned, W into L2", false, Early::kIntoL2, t}},
+                         {{"Hopper, tuned", Early::kIntoShared, t},
+                          {"Hopper, tuned, W into L2", Early::kIntoL2, t}},
                          1);
             }
   tally.section("tunings");
-
-  for (const long M : {1, 8, 9, 16, 33, 128})  // rows that are not aligned
-    for (const long N : {1, 65, 1000})
-      for (const long K : {1, 7, 64, 130, 1003})
-        for (const bool swiglu : {false, true})
-          check_case(
-              arena,
-              {M, N, K, swiglu, static_cast<int>(K % 3), N % 2 == 1, K % 2 == 1, M % 2 == 0, 3, 1},
-              {kPortable}, 1);
-  tally.section("portable");
 
   constexpr int kHalf = kLinearHalfSmemBytes, kWhole = kLinearWholeSmemBytes;
   for (Route r : {kHopperLate, kHopperL2, kHopper})
@@ -246,7 +231,7 @@ int check() {
       check_chain(arena, M, 1024, 24, true, r);
       if (r.early == Early::kNothing) continue;
       for (const Tuning& t : {Tuning{0, 0, kHalf, 1 << 20}, Tuning{0, 0, kWhole, 0}}) {
-        const Route tuned{r.name, false, r.early, t};
+        const Route tuned{r.name, r.early, t};
         check_chain(arena, M, 4096, 12, false, tuned);
         check_chain(arena, M, 2048, 24, false, tuned);
       }
@@ -292,7 +277,7 @@ void time_shape(const Bench& bench, Arena& arena, char* pool, long rows, long ou
       p.up_weight = swiglu ? pool + i * weight_bytes + weight_bytes / 2 : nullptr;
       p.norm_weight = fused ? gain + i * K : nullptr;
       p.residual = fused && outputs == K ? p.x : nullptr;
-      launch(p, {"Hopper", false, Early::kIntoShared, tuning}, bench.stream);
+      launch(p, {"Hopper", Early::kIntoShared, tuning}, bench.stream);
     }
   });
   const double read_us = graph_us(

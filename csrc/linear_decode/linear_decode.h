@@ -52,15 +52,12 @@ struct LinearProjection {
   std::int64_t pages, page, page_stride, row_stride;
 };
 
-// On CUDA: 16-bit dtypes and at most kLinearCudaRows rows.
-constexpr std::int64_t kLinearCudaRows = 128;
-bool linear_decode_cuda_takes(const LinearDecodeParams& p);  // and ATen's product is not faster
-Status linear_decode_cuda(const LinearDecodeParams& p, CUstream_st* stream);
-bool linear_decode_cuda_needs_h(const LinearDecodeParams& p);  // norm(x) goes through memory
+// On CUDA: whether the Hopper kernel takes p, and is faster than ATen's product.
+bool linear_decode_cuda_takes(const LinearDecodeParams& p);
+bool linear_decode_cuda_needs_h(const LinearDecodeParams& p);  // norm(x) then goes through memory
 // What follows products that ATen made, of any rows and dtype.
 Status linear_decode_epilogue_cuda(const LinearDecodeEnds& e, CUstream_st* stream);
-Status linear_decode_portable(const LinearDecodeParams& p, CUstream_st* stream);  // sm_80 and later
-// The Hopper kernel moves x, W and norm_weight in units of 16 bytes.
+// The Hopper kernel: 16-bit dtypes, at most 128 rows; x, W and norm_weight in units of 16 bytes.
 bool linear_decode_sm90_takes(const LinearDecodeParams& p);
 Status linear_decode_sm90(const LinearDecodeParams& p, CUstream_st* stream);
 // The same kernel with a projection; p without activation, bias and residual.  A position outside

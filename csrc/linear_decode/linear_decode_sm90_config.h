@@ -75,11 +75,10 @@ struct LinearDecodeSm90Shape {
 // Vocabularies are ATen's always, swiglu's two products and their combination never.
 constexpr std::int64_t kLinearSmallWeight = 1 << 23;
 constexpr std::int64_t kLinearManyOutputs = 16384, kLinearVocabulary = 24576;
-constexpr std::int64_t linear_most_rows(const LinearDecodeSm90Shape& s, bool is_plain,
-                                        bool is_sm90) {
+constexpr std::int64_t linear_most_rows(const LinearDecodeSm90Shape& s, bool is_plain) {
   if (s.swiglu) return kLinearMostTokens;
   if (s.outputs >= kLinearVocabulary) return 0;
-  if (is_sm90 && !s.norm && s.K >= 2 * s.outputs) return kLinearMostTokens;
+  if (!s.norm && s.K >= 2 * s.outputs) return kLinearMostTokens;
   if (!is_plain) return 64;
   if (s.outputs * s.K <= kLinearSmallWeight) return s.outputs > s.K ? 16 : 64;
   return s.outputs >= kLinearManyOutputs ? 16 : 32;

@@ -20,7 +20,7 @@ Tensor linear_decode_op(const Tensor& x, const Tensor& weight, const OptTensor& 
         h = torch::stable::new_empty(rows, {p.rows, p.K});
         p.h = h.data_ptr();
       }
-      return linear_decode_cuda(p, scope.stream());
+      return linear_decode_sm90(p, scope.stream());
     }
     Tensor h = rows;
     if (norm_weight) {

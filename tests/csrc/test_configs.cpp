@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "common/token_tile.h"
-#include "linear_decode/linear_decode_config.h"
 #include "linear_decode/linear_decode_sm90_config.h"
 #include "mla_decode/mla_decode_config.h"
 #include "mla_decode/mla_decode_weight_config.h"
@@ -386,26 +385,19 @@ void linear_decode_tiles_fit() {
     EXPECT(c.units == 1 && 132.0 * c.unit < 1.08 * (N + second), "N %d", N);
   }
   constexpr auto most_rows = [](std::int64_t outputs, std::int64_t K, bool is_plain,
-                                bool norm = false, bool swiglu = false, bool is_sm90 = true) {
-    return zebra::linear_most_rows({1, outputs, K, swiglu, norm}, is_plain, is_sm90);
+                                bool norm = false, bool swiglu = false) {
+    return zebra::linear_most_rows({1, outputs, K, swiglu, norm}, is_plain);
   };
   static_assert(most_rows(14336, 4096, false) == 64 && most_rows(14336, 4096, false, true) == 64 &&
                 most_rows(14336, 4096, false, true, true) == 128);
   static_assert(most_rows(4096, 8192, false) == 128 && most_rows(4096, 8192, true) == 128 &&
-                most_rows(4096, 8192, false, true) == 64 && most_rows(4097, 8192, false) == 64 &&
-                most_rows(4096, 8192, false, false, false, false) == 64);
+                most_rows(4096, 8192, false, true) == 64 && most_rows(4097, 8192, false) == 64);
   static_assert(most_rows(4096, 4096, true) == 32 && most_rows(4097, 4096, true) == 32 &&
                 most_rows(16384, 2048, true) == 16 && most_rows(16383, 2048, true) == 32 &&
                 most_rows(2208, 2048, true) == 16 && most_rows(2048, 2048, true) == 64);
   static_assert(most_rows(24575, 4096, true) == 16 && most_rows(24576, 4096, true) == 0 &&
                 most_rows(128256, 4096, false) == 0 &&
                 most_rows(128256, 4096, true, false, true) == 128);
-  for (const std::int64_t rows : {1, 8, 9, 16, 17, 128}) {
-    const zebra::LinearDecodeConfig c = zebra::select_linear_decode_config(rows, 1000, true);
-    EXPECT(c.tokens * c.ctas_tokens >= rows && c.ctas_outputs * zebra::kLinearTileRows >= 1000 &&
-               c.smem_bytes <= 99 * 1024,
-           "%ld rows", static_cast<long>(rows));
-  }
 }
 
 }  // namespace
