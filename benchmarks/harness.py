@@ -20,6 +20,7 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -312,6 +313,7 @@ def main(cases: Callable[[str], Sequence[Case]], description: str | None) -> Non
         + (f" --l2 {args.l2}" if args.l2 != "written" else "")
         + (f" --only '{args.only}'" if args.only else ""),
         **({"l2": args.l2} if timer.gpu else {}),
+        **({"portable": True} if os.environ.get("ZEBRA_PORTABLE") == "1" else {}),
         "bandwidth_tb_s": round(ceilings.bandwidth / 1e12, 3),
         "bf16_tflop_s": round(ceilings.rate[torch.bfloat16] / 1e12, 1),
     }
