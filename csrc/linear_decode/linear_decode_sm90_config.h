@@ -256,6 +256,9 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
                    : is_few               ? kLinearLastBytesOfFew
                                           : kLinearLastBytes;
   c.last_loads = ceil_div(last, c.stage_bytes);
+  // What follows few tokens is not to wait until x is there.
+  const int all = ceil_div(c.steps, c.cluster) * c.units;
+  if (is_few && tuning.last_bytes < 0 && all - c.last_loads <= c.stages) c.last_loads = all;
   return c;
 }
 
