@@ -17,7 +17,7 @@ gpu = pytest.mark.gpu
 
 @pytest.fixture(params=["default", "portable"])
 def kernel(request, monkeypatch):
-    """What this GPU takes by itself, and what one without the Hopper kernel does: ATen's product."""
+    """What this GPU takes, and what one without the Hopper kernel does: ATen's product."""
     monkeypatch.setenv("ZEBRA_PORTABLE", "1" if request.param == "portable" else "0")
     return request.param
 
