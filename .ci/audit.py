@@ -21,7 +21,6 @@ FAST_PATH = {
     "sm_90": {
         "rms_norm_fwd_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "rms_norm_bwd_kernel": (r"LDGSTS\.E\.BYPASS\.128", r"STG\.E\.128"),
-        "linear_decode_kernel": (r"HMMA\.16816\.F32", r"LDSM", r"LDGSTS\.E\.BYPASS\.128"),
         "mla_attention_keys_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "mla_attention_key_gradients_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
         "mla_project_kernel": (r"LDG\.E\.128", r"STG\.E\.128"),
