@@ -5,8 +5,8 @@ for tool in memcheck racecheck initcheck synccheck; do
 
 A name runs one kernel: ``python tests/sanitize.py ssd_scan``.  racecheck wants the Hopper kernels
 built with CUDAFLAGS=-DZEBRA_RACECHECK (csrc/common/sm90/ptx.cuh): it follows barriers by thread.
-What it says of mla_decode is in docs/kernels/mla_decode.md; linear_decode's clusters of two units
-each hang under it, and only there.  ThreadSanitizer sees both of mla_decode's kernels in ctest.
+How it counts barriers is in docs/kernels/mla_decode.md.  ThreadSanitizer sees both of mla_decode's
+kernels in ctest.
 """
 
 import itertools
