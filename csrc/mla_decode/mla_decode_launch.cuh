@@ -93,16 +93,18 @@ Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream
   const int used = rows < a.rows ? rows : a.rows;
   args.parts = ceil_div(used * quads, 32 * kMlaWarps / c.combine_lanes);
   // One wave at most: where nobody cut an item, all that its CTAs do is start.
-  const std::int64_t most = mla_attribute(cudaDevAttrMultiProcessorCount) * 2 / c.units;
+  const int sms = mla_attribute(cudaDevAttrMultiProcessorCount);
+  const std::int64_t most = sms * 2 / c.units;
   const int parts = args.parts < most ? args.parts : most > 1 ? static_cast<int>(most) : 1;
   const dim3 grid(static_cast<unsigned>(c.units), static_cast<unsigned>(parts));
   // The first multiprocessor that is free would take several CTAs, if there were room for them.
-  const int sms = mla_attribute(cudaDevAttrMultiProcessorCount);
-  const int smem =
-      c.units * parts <= sms ? mla_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / 2 : 0;
-  const cudaError_t error = cudaFuncSetAttribute(mla_combine_kernel<T>,
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  int smem = 0;
+  if (c.units * parts <= sms) {
+    smem = mla_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / 2;
+    const cudaError_t error = cudaFuncSetAttribute(
+        mla_combine_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  }
   return mla_launch_kernel({true}, mla_combine_kernel<T>, grid, 32 * kMlaWarps, smem, stream, args);
 }
 
