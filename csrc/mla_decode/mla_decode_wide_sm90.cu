@@ -15,7 +15,10 @@ Status encode(CUtensorMap* map, const MlaDecodeParams& p, std::int64_t first, st
       {{static_cast<std::uint64_t>(columns), 1, 64},
        {static_cast<std::uint64_t>(p.page), static_cast<std::uint64_t>(p.row_stride),
         static_cast<std::uint32_t>(box)},
-       {static_cast<std::uint64_t>(p.pages), static_cast<std::uint64_t>(p.page_stride), 1}});
+       {static_cast<std::uint64_t>(p.pages), static_cast<std::uint64_t>(p.page_stride), 1}},
+      CU_TENSOR_MAP_SWIZZLE_128B,
+      // Up to 256 a block's tiles are waited for one by one, not memory.
+      p.R > 256 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
 Status maps_of(const MlaDecodeParams& p, MlaWideMaps& maps) {

@@ -20,10 +20,13 @@ struct TmaDim {
 
 // Encodes a map over 16-bit elements whose boxes land in shared memory in a swizzle, by default of
 // 128 bytes (the innermost box is then 64 elements).  Coordinates outside read as zero and are not
-// written.
-inline Status encode_tensor_map(CUtensorMap* map, bool bf16, const void* base,
-                                std::initializer_list<TmaDim> dims,
-                                CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
+// written.  `promotion`: what L2 fetches at least of a line or two that a box touches.  256 bytes
+// cap a kernel that memory bounds at 4.0 TB/s of an H200's 4.4 (docs/kernels/linear_decode.md); one
+// that waits for latencies may find its next box in L2.
+inline Status encode_tensor_map(
+    CUtensorMap* map, bool bf16, const void* base, std::initializer_list<TmaDim> dims,
+    CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B,
+    CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -47,8 +50,7 @@ inline Status encode_tensor_map(CUtensorMap* map, bool bf16, const void* base,
   const CUresult result =
       encode(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
              static_cast<cuuint32_t>(rank), const_cast<void*>(base), sizes, strides, box, ones,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     return {
         "cuTensorMapEncodeTiled refused a tensor (base and strides must be multiples of 16 bytes)"};
