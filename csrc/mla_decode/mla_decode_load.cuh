@@ -41,11 +41,9 @@ struct MlaShape {
 constexpr int kMlaTableAhead = 512;  // tokens
 
 // Bytes of a CTA's share from which, and up to which, its rows are brought as those that nobody
-// asks for again, and then as those that L2 gives up in the order of what was there.  Fewer fit
-// into L2 beside what is there, and with more the L2 has to write back what others left there in
-// any case, which costs more if it is put off.
-constexpr unsigned kMlaLeastOnce = 320 << 10, kMlaMostOnce = 1600 << 10;
-constexpr unsigned kMlaMostInPassing = 2400 << 10;
+// asks for again.  Fewer find room in L2 beside what is there, and with more the L2 has to write
+// back what others left there in any case, which costs more if it is put off.
+constexpr unsigned kMlaLeastOnce = 128 << 10, kMlaMostOnce = 1600 << 10;
 
 // Where one part of a CTA brings and the other attends, the first makes the barriers ready and the
 // second finds the share: named barriers at which one part arrives and the other waits.
@@ -139,9 +137,8 @@ struct MlaLoader {
     const int row = a.page.rest(token);
     page = valid(a, page);
     constexpr unsigned kRowBytes = S::kWidth * 2;
-    const bool has_policy =
-        share_tokens >= kMlaLeastOnce / kRowBytes && share_tokens <= kMlaMostInPassing / kRowBytes;
-    const bool is_once = share_tokens <= kMlaMostOnce / kRowBytes;
+    const bool is_once =
+        share_tokens >= kMlaLeastOnce / kRowBytes && share_tokens <= kMlaMostOnce / kRowBytes;
     const auto load_all = [&](auto... policy) {
 #pragma unroll
       for (int tile = 0; tile < S::kTiles; ++tile)
@@ -151,8 +148,8 @@ struct MlaLoader {
         sm90::tma_load_3d(stage + S::kHalfOffset, &maps.half, full, S::kTiles * 64, row, page,
                           policy...);
     };
-    if (has_policy)
-      load_all(is_once ? sm90::tma_read_once() : sm90::tma_read_in_passing());
+    if (is_once)
+      load_all(sm90::tma_read_once());
     else
       load_all();
   }

@@ -266,7 +266,6 @@ inline void tma_load_3d(std::uint32_t to, const CUtensorMap* map, std::uint32_t 
   mbarrier(bar).change(0, -bytes);
 }
 inline std::uint64_t tma_read_once() { return 0; }
-inline std::uint64_t tma_read_in_passing() { return 0; }
 inline void tma_load_3d(std::uint32_t to, const CUtensorMap* map, std::uint32_t bar, int c0, int c1,
                         int c2, std::uint64_t) {
   tma_load_3d(to, map, bar, c0, c1, c2);

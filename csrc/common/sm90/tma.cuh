@@ -40,12 +40,6 @@ __device__ __forceinline__ std::uint64_t tma_read_once() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-// Their lines take the places that they find, and the order in which L2 gives up what it has stays.
-__device__ __forceinline__ std::uint64_t tma_read_in_passing() {
-  std::uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_unchanged.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 __device__ __forceinline__ void tma_load_3d(std::uint32_t smem, const CUtensorMap* map,
                                             std::uint32_t bar, int c0, int c1, int c2,
                                             std::uint64_t policy) {
