@@ -217,7 +217,9 @@ inline double graph_us(cudaStream_t stream, int replays, const std::function<voi
 
 static __global__ void empty_kernel() {}
 
-// Reads and does nothing else; `sink` is written when a sum that does not occur occurs.
+// Reads and does nothing else; `sink` is written when a sum that does not occur occurs.  `kOnce`:
+// lines that L2 gives up before others.
+template <bool kOnce>
 static __global__ void __launch_bounds__(512)
     read_kernel(const uint4* p, std::size_t count, unsigned* sink) {
   constexpr int kAtOnce = 8;
@@ -228,11 +230,11 @@ static __global__ void __launch_bounds__(512)
   for (; i + (kAtOnce - 1) * step < count; i += kAtOnce * step) {
     uint4 v[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) v[k] = __ldcs(p + i + k * step);
+    for (int k = 0; k < kAtOnce; ++k) v[k] = kOnce ? __ldcs(p + i + k * step) : p[i + k * step];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) add(v[k]);
   }
-  for (; i < count; i += step) add(__ldcs(p + i));
+  for (; i < count; i += step) add(kOnce ? __ldcs(p + i) : p[i]);
   if (sum == 0x12345678u) *sink = sum;
 }
 
@@ -259,17 +261,18 @@ class Bench {
     std::printf("floor: bytes at that rate; read: the same bytes by a kernel that only reads\n");
   }
 
+  template <bool kOnce = true>
   void read(const void* p, std::size_t bytes, int ctas_of_sm = 4) const {
     const long all = static_cast<long>(bytes / 16);
     const long blocks = std::min<long>(ctas_of_sm * multiprocessors(), (all + 511) / 512);
-    read_kernel<<<static_cast<unsigned>(std::max(blocks, 1l)), 512, 0, stream>>>(
+    read_kernel<kOnce><<<static_cast<unsigned>(std::max(blocks, 1l)), 512, 0, stream>>>(
         static_cast<const uint4*>(p), static_cast<std::size_t>(all), sink_);
     CUDA_OK(cudaGetLastError());
   }
   // A cold L2 as other kernels leave it: full of lines that must be written back first.
   void flush_by_write() const { CUDA_OK(cudaMemsetAsync(flush_, 0, kFlushBytes, stream)); }
-  // A cold L2 that has nothing to write back.
-  void flush_by_read() const { read(flush_, kFlushBytes); }
+  // A cold L2 that has nothing to write back.  Lines read once would not displace those of a call.
+  void flush_by_read() const { read<false>(flush_, kFlushBytes); }
 
   double floor_us(double bytes) const { return bytes / bytes_per_us; }
 
