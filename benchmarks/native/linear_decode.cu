@@ -308,6 +308,10 @@ int time() {
       {{1, 4, 8, 9, 16, 48, 64, 128}, 4096, 4096, false, true},
       {{1, 16, 32, 64}, 2048, 2048, false, false},
       {{1, 8, 16, 64}, 2048, 2048, false, true},
+      {{16, 32}, 3072, 3072, false, false},
+      {{8, 16, 32, 64}, 3264, 3072, false, true},
+      {{1, 16, 32, 64}, 5152, 2048, false, false},
+      {{1, 16, 32, 64}, 5152, 2048, false, true},
       {{1, 48}, 4320, 4096, false, false},
       {{1, 16, 48, 64}, 4320, 4096, false, true},
       {{1, 48}, 10272, 4096, false, false},
@@ -315,9 +319,10 @@ int time() {
       {{1, 16, 64, 128}, 14336, 4096, false, false},
       {{1, 48}, 14336, 4096, true, false},
       {{1, 48, 64}, 14336, 4096, true, true},
-      {{1, 64}, 4096, 14336, false, false},
+      {{32}, 3072, 8192, false, false},
+      {{1, 32, 64}, 4096, 14336, false, false},
       {{1, 64}, 128256, 4096, false, false},
-      {{1, 64}, 128256, 4096, false, true},
+      {{1, 4, 64}, 128256, 4096, false, true},
   };
   time_projections(bench, arena, pool, kPoolBytes);
   for (const Shape& s : shapes)

@@ -26,10 +26,11 @@ struct LinearProduct {
   static constexpr int kThreads = kLinearThreads - 128, kWarps = kThreads / 32;
   static constexpr int kParts = kRowTiles == 1 ? 2 : 1;  // into which sums along K are split
   static constexpr int kFinishing = 128 * kRowTiles;     // threads that exchange sums
-  static constexpr int kStaged = linear_staged_tokens(kTokens, kRowTiles);
+  static constexpr int kStaged = linear_staged_tokens(kTokens);
   static constexpr int kPitch = linear_staging_pitch(kRowTiles);
   // Of the staged ones, a warp's tokens and a lane's outputs of each.
   static constexpr int kOwnTokens = kStaged / kWarps, kOwnOutputs = 2 * kRowTiles;
+  static constexpr bool kPairs = linear_may_pair(kTokens, kSlices);  // with another CTA
   // Whether registers are left for a rehearsal.
   static constexpr bool kRehearses = kTokens != 64 || kRowTiles == 1;
 
@@ -62,7 +63,7 @@ struct LinearProduct {
         if (!a.cfg.projects) read_residual(aside, first_token(), out);
         wgmma_fence(d);
         multiply_all(d, r);
-        if constexpr (kTokens >= 64) {
+        if constexpr (kPairs) {
           if (a.cfg.cluster == 2) {
             if constexpr (kParts == 2) merge(d);
             if (part == 0) exchange(d, u);
@@ -70,7 +71,7 @@ struct LinearProduct {
         }
       }
       finish(d, out, aside, is_real);
-      if constexpr (kTokens >= 64)
+      if constexpr (kPairs)
         if (a.cfg.cluster == 2 && part == 0 && is_real && u + 1 < work.units)
           tell_peer(LinearSmem::kPeerFree);
     }

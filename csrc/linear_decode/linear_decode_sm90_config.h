@@ -19,9 +19,12 @@ constexpr int kLinearThreads = 384;       // a warpgroup that loads, two that mu
 constexpr int kLinearHalfSmemBytes = 114688, kLinearWholeSmemBytes = 230400;
 
 // Below this many rows of the weight, and from 64 rows of x on, two CTAs share rows and halve K:
-// then x is read half as often.  A function of the shape alone, because it decides how sums are
+// then x is read half as often.  With 32 rows of x too, where the weight is not so large that the
+// exchange is all that is seen.  A function of the shape alone, because it decides how sums are
 // split.
-constexpr std::int64_t kLinearSplitRows = 8448;
+constexpr std::int64_t kLinearSplitRows = 8448, kLinearSplitWeight = 1 << 25;
+// Each then finishes half of the tokens: halves of the sums, which slices' are not.
+constexpr bool linear_may_pair(int tokens, int slices) { return tokens >= 32 && slices == 1; }
 
 // Few outputs make units of few rows, and the 64 rows of a product hold several slices of K of the
 // same rows: of 16 rows 4, of 32 rows 2, where outputs are at most so many.  Again by shape alone.
@@ -39,6 +42,9 @@ constexpr int linear_run_boxes(int tokens, bool norms) {
   return norms || tokens > 64 ? 1 : tokens > 16 ? 2 : 4;
 }
 constexpr int kLinearRunStages = 4;
+
+// Two CTAs share a multiprocessor where one reads no more than this in all.
+constexpr int kLinearHalfBytes = 272 * 1024;
 
 // Bytes that a CTA has yet to ask for when it lets the next launch start, whose ring should fill
 // when this one's has no more to do: earlier, and the next one's stages come before the last ones
@@ -72,15 +78,17 @@ struct LinearDecodeSm90Shape {
 // The most rows of x for which this kernel is faster than ATen's product with the norm and the
 // residual in launches of their own (measured over the projections of 1B to 8B models, 1 to 128
 // rows).  Rows of W are long where its sums are few; with nothing fused cuBLAS is ahead sooner.
-// Vocabularies are ATen's always, swiglu's two products and their combination never.
+// Vocabularies are ATen's but for a few rows with their norm, swiglu's two products and their
+// combination never.
 constexpr std::int64_t kLinearSmallWeight = 1 << 23;
 constexpr std::int64_t kLinearManyOutputs = 16384, kLinearVocabulary = 24576;
 constexpr std::int64_t linear_most_rows(const LinearDecodeSm90Shape& s, bool is_plain) {
   if (s.swiglu) return kLinearMostTokens;
-  if (s.outputs >= kLinearVocabulary) return 0;
+  if (s.outputs >= kLinearVocabulary)
+    return s.norm && linear_norms_itself(1, s.K) ? kLinearMostNormedRows : 0;
   if (!s.norm && s.K >= 2 * s.outputs) return kLinearMostTokens;
   if (!is_plain) return 64;
-  if (s.outputs * s.K <= kLinearSmallWeight) return s.outputs > s.K ? 16 : 64;
+  if (s.outputs * s.K <= kLinearSmallWeight) return s.outputs > s.K ? 32 : 64;
   return s.outputs >= kLinearManyOutputs ? 16 : 32;
 }
 
@@ -116,10 +124,8 @@ struct LinearDecodeSm90Config {
 };
 
 // Tokens whose sums lie in shared memory together on their way out, and the floats between them.
-constexpr int linear_staged_tokens(int tokens, int row_tiles) {
-  const int most = row_tiles == 1 && tokens <= 32 ? 16 : 32;  // sums of both warpgroups
-  return tokens < most ? tokens : most;
-}
+// Of two CTAs that share a unit one finishes as many, or twice or four times.
+constexpr int linear_staged_tokens(int tokens) { return tokens < 16 ? 8 : tokens > 32 ? 32 : 16; }
 constexpr int linear_staging_pitch(int row_tiles) { return 64 * row_tiles + 4; }
 
 constexpr int kLinearTokenBytes = 16;  // of a row of x, where a projection looks it up
@@ -146,8 +152,7 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
   // Sums of the other CTA's half of the tokens, or of the tokens that are on their way out.
   const int exchanged = c.cluster == 2 ? c.tokens / 2 * 64 * c.row_tiles * 4 : 0;
   const int parts = c.cluster == 1 && c.row_tiles == 1 ? 2 : 1;
-  const int staged =
-      parts * linear_staged_tokens(c.tokens, c.row_tiles) * linear_staging_pitch(c.row_tiles) * 4;
+  const int staged = parts * linear_staged_tokens(c.tokens) * linear_staging_pitch(c.row_tiles) * 4;
   const int staging = round_up(exchanged > staged ? exchanged : staged, 1024);
   // The ring serves to merge sums when it has nothing else to bring.
   const int needed = ceil_div(c.steps, c.cluster) * c.units;
@@ -186,6 +191,33 @@ constexpr int linear_unit(const LinearDecodeSm90Shape& s, std::int64_t most_unit
   return unit;
 }
 
+// Whether a ring has a few stages: four, or three where that is half of what it brings, or all.
+constexpr bool linear_ring_is_long(const LinearDecodeSm90Config& c) {
+  const int all = ceil_div(c.steps, c.cluster) * c.units;
+  return c.stages >= kLinearRunStages || c.stages == all || (c.stages >= 3 && 2 * c.stages >= all);
+}
+
+// Stages of many bytes, as long as the ring is long.
+constexpr void choose_linear_stages(LinearDecodeSm90Config& c, std::int64_t K,
+                                    const LinearDecodeSm90Tuning& tuning, int most_bytes) {
+  const int most_boxes = c.row_tiles == 1 ? 8 : 4;
+  const int least = c.row_tiles == 1 ? 2 * c.slices : 1;  // one product of either warpgroup
+  int boxes = tuning.boxes > least ? tuning.boxes : least;
+  if (boxes > most_boxes) boxes = most_boxes;
+  lay_out_linear_ring(c, K, boxes, most_bytes);
+  while (tuning.boxes == 0 && boxes < most_boxes && c.steps > 1) {
+    const bool is_small = boxes * c.weight_box < kLinearStageWeightBytes;
+    if (!is_small && boxes >= linear_run_boxes(c.tokens, c.norms)) break;
+    const LinearDecodeSm90Config narrow = c;
+    boxes *= 2;
+    lay_out_linear_ring(c, K, boxes, most_bytes);
+    const bool is_all = c.stages == ceil_div(c.steps, c.cluster) * c.units;
+    if (is_small ? linear_ring_is_long(c) : c.stages >= kLinearRunStages || is_all) continue;
+    c = narrow;
+    break;
+  }
+}
+
 constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
     const LinearDecodeSm90Shape& s, int sms, const LinearDecodeSm90Tuning& tuning = {}) {
   LinearDecodeSm90Config c = {};
@@ -193,13 +225,12 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   while (c.tokens < s.rows) c.tokens *= 2;
   const std::int64_t outputs = s.outputs + s.second_outputs;
   const std::int64_t weight_rows = s.swiglu ? 2 * outputs : outputs;
-  c.cluster = c.tokens >= 64 && weight_rows < kLinearSplitRows ? 2 : 1;
-  if (tuning.cluster != 0 && c.tokens >= 64) c.cluster = tuning.cluster;
+  const bool splits = c.tokens >= 64 || weight_rows * s.K <= kLinearSplitWeight;
+  c.cluster = linear_may_pair(c.tokens, 1) && splits && weight_rows < kLinearSplitRows ? 2 : 1;
+  if (tuning.cluster != 0 && linear_may_pair(c.tokens, 1)) c.cluster = tuning.cluster;
 
-  c.slices = s.swiglu || c.tokens > 32      ? 1
-             : outputs <= kLinearFourSlices ? 4
-             : outputs <= kLinearTwoSlices  ? 2
-                                            : 1;
+  const bool is_whole = s.swiglu || c.tokens > 32 || c.cluster == 2;
+  c.slices = is_whole ? 1 : outputs <= kLinearFourSlices ? 4 : outputs <= kLinearTwoSlices ? 2 : 1;
   while (c.slices > 1 && c.slices * c.tokens > kLinearMostSlicedColumns) c.slices /= 2;
 
   // The outputs in even shares: as many units a cluster as keep a unit within the rows of one
@@ -222,35 +253,21 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   c.norms = s.norm && linear_norms_itself(s.rows, s.K);
 
   // A whole multiprocessor: long runs of W in flight are worth more than a second ring beside this
-  // one, but where all that a CTA reads is no more than a multiprocessor holds; there half of it,
-  // and the next launch's ring fills in the other half.
+  // one, but where all that a CTA reads is little more than a multiprocessor holds; there half of
+  // it, and the next launch's ring fills in the other half.  Not where a norm is launched before
+  // this: the next launch then starts behind that.
   const std::int64_t bytes =
       (c.weight_box + c.x_box) * ceil_div<std::int64_t>(s.K, kLinearBox) / c.cluster * c.units;
   // h and its gain may not take what the ring needs.
   const std::int64_t normed =
       c.norms ? c.x_box * ceil_div<std::int64_t>(s.K, kLinearBox) + 4 * s.K : 0;
-  const bool half = c.tokens <= 64 && bytes <= kLinearWholeSmemBytes &&
-                    normed <= kLinearHalfSmemBytes - kLinearRingBesideNormBytes;
-  const int most_bytes = tuning.smem_bytes != 0 ? tuning.smem_bytes
-                         : half                 ? kLinearHalfSmemBytes
-                                                : kLinearWholeSmemBytes;
-  // Stages of many bytes, but three of them where there is work for three.
-  const int most_boxes = c.row_tiles == 1 ? 8 : 4;
-  const int least = c.row_tiles == 1 ? 2 * c.slices : 1;  // one product of either warpgroup
-  int boxes = tuning.boxes > least ? tuning.boxes : least;
-  if (boxes > most_boxes) boxes = most_boxes;
-  lay_out_linear_ring(c, s.K, boxes, most_bytes);
-  while (tuning.boxes == 0 && boxes < most_boxes && c.steps > 1) {
-    const bool is_small = boxes * c.weight_box < kLinearStageWeightBytes;
-    if (!is_small && boxes >= linear_run_boxes(c.tokens, c.norms)) break;
-    const LinearDecodeSm90Config narrow = c;
-    boxes *= 2;
-    lay_out_linear_ring(c, s.K, boxes, most_bytes);
-    const int enough = is_small ? 3 : kLinearRunStages;
-    if (c.stages >= enough || c.stages == ceil_div(c.steps, c.cluster) * c.units) continue;
-    c = narrow;
-    break;
-  }
+  const bool halves = tuning.smem_bytes == 0 && c.tokens <= 64 && s.norm == c.norms &&
+                      bytes <= kLinearHalfBytes &&
+                      normed <= kLinearHalfSmemBytes - kLinearRingBesideNormBytes;
+  if (halves) choose_linear_stages(c, s.K, tuning, kLinearHalfSmemBytes);
+  if (!halves || !linear_ring_is_long(c))
+    choose_linear_stages(c, s.K, tuning,
+                         tuning.smem_bytes != 0 ? tuning.smem_bytes : kLinearWholeSmemBytes);
   const bool is_few = c.tokens == 8 && (!s.norm || c.norms);
   const int last = tuning.last_bytes >= 0 ? tuning.last_bytes
                    : is_few               ? kLinearLastBytesOfFew

@@ -172,7 +172,7 @@ class Emulation {
   // LinearProduct::finish and write.
   void finish_unit(int rank, Outputs of) {
     const bool in_parts = c.row_tiles == 1 && c.cluster == 1;
-    const int staged = zebra::linear_staged_tokens(c.tokens, c.row_tiles);
+    const int staged = zebra::linear_staged_tokens(c.tokens);
     const int pitch = zebra::linear_staging_pitch(c.row_tiles), part_size = staged * pitch;
     const int size = (in_parts ? 2 : 1) * part_size;
     if (size * 4 > c.smem_bytes - c.staging_offset) return fail("sums past shared memory");

@@ -344,7 +344,7 @@ void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s
               : in_ring   ? c.units == 1 && c.merge_offset + merged <= c.staging_offset
                           : c.merge_offset + merged <= c.smem_bytes);
   const int held = (in_ring ? c.h_offset : c.merge_offset) - c.staging_offset;
-  EXPECT_HERE(held >= parts * zebra::linear_staged_tokens(c.tokens, c.row_tiles) *
+  EXPECT_HERE(held >= parts * zebra::linear_staged_tokens(c.tokens) *
                           zebra::linear_staging_pitch(c.row_tiles) * 4);
   EXPECT_HERE(c.cluster == 1 || held >= c.tokens / 2 * 64 * c.row_tiles * 4);
   EXPECT_HERE(!c.norms || (s.norm && c.cluster == 1 && c.h_offset % 1024 == 0 &&
@@ -394,9 +394,9 @@ void linear_decode_tiles_fit() {
                 most_rows(4096, 8192, false, true) == 64 && most_rows(4097, 8192, false) == 64);
   static_assert(most_rows(4096, 4096, true) == 32 && most_rows(4097, 4096, true) == 32 &&
                 most_rows(16384, 2048, true) == 16 && most_rows(16383, 2048, true) == 32 &&
-                most_rows(2208, 2048, true) == 16 && most_rows(2048, 2048, true) == 64);
+                most_rows(2208, 2048, true) == 32 && most_rows(2048, 2048, true) == 64);
   static_assert(most_rows(24575, 4096, true) == 16 && most_rows(24576, 4096, true) == 0 &&
-                most_rows(128256, 4096, false) == 0 &&
+                most_rows(128256, 4096, false) == 0 && most_rows(128256, 4096, false, true) == 4 &&
                 most_rows(128256, 4096, true, false, true) == 128);
 }
 
