@@ -282,10 +282,14 @@ class ZebraModel(ZebraPreTrainedModel):
         Returns:
             [B, hidden_size], the final state of every token.
         """
+        return cast(Tensor, self.norm(self.step_without_norm(input_ids, cache, rows)))
+
+    def step_without_norm(self, input_ids: Tensor, cache: HybridCache, rows: CacheRows) -> Tensor:
+        """Like ``step``, for callers whose next operator applies the final norm itself."""
         hidden = self.embed_tokens(input_ids[:, None])
         for layer, store in zip(self.layers, cache.layers, strict=True):
             hidden, _ = layer(hidden, rows.positions, None, rows, store, True)
-        return cast(Tensor, self.norm(hidden[:, 0]))
+        return cast(Tensor, hidden[:, 0])
 
     def _resolve_cache(
         self,
@@ -445,7 +449,8 @@ class ZebraForCausalLM(ZebraPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def step(self, input_ids: Tensor, cache: HybridCache, rows: CacheRows) -> Tensor:
         """Return the next-token logits [B, vocab_size] after ``ZebraModel.step``."""
-        return decode_linear(self.lm_head, self.model.step(input_ids, cache, rows))
+        hidden = self.model.step_without_norm(input_ids, cache, rows)
+        return decode_linear(self.lm_head, hidden, self.model.norm)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
