@@ -119,7 +119,7 @@ def mlps(i: Inputs, cache: HybridCache) -> Tensor:
 
 
 def head(i: Inputs, cache: HybridCache) -> Tensor:
-    return decode_linear(i["m"].lm_head, i["m"].model.norm(i["hidden"][:, 0]))
+    return decode_linear(i["m"].lm_head, i["hidden"][:, 0], i["m"].model.norm)
 
 
 def plainly(step: Step) -> Step:

@@ -67,6 +67,9 @@ struct LinearProduct {
           if (a.cfg.cluster == 2) {
             if constexpr (kParts == 2) merge(d);
             if (part == 0) exchange(d, u);
+            // Taken: the memory serves finish() next.  The second part meets, too: racecheck takes
+            // warps that met others less often for unordered.
+            named_barrier(2 + part, kFinishing);
           }
         }
       }
@@ -215,7 +218,6 @@ struct LinearProduct {
     work.rank == 0 ? give(kHalf) : give(0);
     mbarrier_wait_cluster(linear_shared_at(LinearSmem::kPeerFull), u & 1);
     work.rank == 0 ? take(0) : take(kHalf);
-    named_barrier(2, kFinishing);  // taken: the memory serves finish() next
   }
 
   // Bias, activation, residual, rounding: through shared memory, so that a warp writes neighbouring
