@@ -7,7 +7,7 @@
 //                product of 64 rows ignores what lies behind them.  So sums need no other CTA, no
 //                workspace and no atomics, and one launch is enough.
 // Grid           clusters of 1 or 2 CTAs, at most one CTA a multiprocessor; a cluster computes
-//                `units` units of outputs in turn (linear_decode_sm90_config.h).  With 64 tokens
+//                `units` units of outputs in turn (linear_decode_sm90_config.h).  With 32 tokens
 //                and more, and few rows, two CTAs share rows and halve K, so that x is read from L2
 //                half as often; they exchange sums, each finishes half of the tokens.
 // Warps          load (one thread of a warpgroup) | product, 2 warpgroups: 64 rows each where
@@ -26,9 +26,9 @@
 //                One tensor map has both, of one weight or of two: how far they lie apart is the
 //                stride of a dimension.
 // Shared memory  a ring of stages (W 12 KB or more, x), 1 KB of barriers, sums on their way out.
-//                Up to 16 tokens where 64 rows of W are a unit, and for small weights, 112 KB: CTAs
-//                of two launches fit side by side, and the next launch fills its ring while this
-//                one ends.  Else 225 KB.
+//                Where a CTA reads little more than a multiprocessor holds, and no norm is
+//                launched before it, 112 KB: CTAs of two launches fit side by side, and the next
+//                launch fills its ring while this one ends.  Else 225 KB.
 // Barriers       full (copies), empty of a stage; the peer's sums, twice.  Every warp that waits
 //                for stages waits for each: a phase that is let pass looks like the one after the
 //                next.
@@ -43,8 +43,8 @@
 // Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
 //                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 0.3 us more
 //                with at most 4 rows of x, 1.6 us with more.
-// Measured       H200, 2026-11-28: 4096 x 4096 with 1 / 16 / 64 rows 9.2 / 10.1 / 12.4 us a link,
-//                86 / 79 / 66 % of the floor; H100: 11.9 / 12.4 / 14.5.
+// Measured       H200, 2026-11-28: 4096 x 4096 with 1 / 16 / 32 / 64 rows 9.0 / 10.0 / 10.6 /
+//                12.2 us a link: 85 / 77 / 73 / 64 % of 4.4 TB/s.
 //                benchmarks/bench_linear_decode.py --device cuda
 #include "linear_decode/linear_decode_sm90_launch.h"
 
