@@ -25,7 +25,7 @@
 // Swiglu         the first warpgroup multiplies gate rows, the second the same outputs' up rows.
 //                One tensor map has both, of one weight or of two: how far they lie apart is the
 //                stride of a dimension.
-// Shared memory  a ring of stages (W 12 KB or more, x), 1 KB of barriers, sums on their way out.
+// Shared memory  a ring of stages (W 12 KB and x), 1 KB of barriers, sums on their way out.
 //                Where a CTA reads little more than a multiprocessor holds, and no norm is
 //                launched before it, 112 KB: CTAs of two launches fit side by side, and the next
 //                launch fills its ring while this one ends.  Else 225 KB.

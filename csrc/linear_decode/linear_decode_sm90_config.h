@@ -31,8 +31,8 @@ constexpr bool linear_may_pair(int tokens, int slices) { return tokens >= 32 && 
 constexpr std::int64_t kLinearFourSlices = 2112, kLinearTwoSlices = 4224;
 constexpr int kLinearMostSlicedColumns = 64;  // of a product: slices times tokens
 
-// Bytes of the weight in a stage, at least: every stage costs both ends of the ring a handshake and
-// a copy of x, whatever it brings.
+// Bytes of the weight in a stage, at least, where the ring stays long: every stage costs both ends
+// of the ring a handshake and a copy of x, whatever it brings.
 constexpr int kLinearStageWeightBytes = 12288;
 
 // Boxes along K in a stage, at least, where the ring still has a few stages: HBM is read faster in
@@ -124,7 +124,7 @@ struct LinearDecodeSm90Config {
 };
 
 // Tokens whose sums lie in shared memory together on their way out, and the floats between them.
-// Of two CTAs that share a unit one finishes as many, or twice or four times.
+// Of two CTAs that share a unit one finishes as many, or twice.
 constexpr int linear_staged_tokens(int tokens) { return tokens < 16 ? 8 : tokens > 32 ? 32 : 16; }
 constexpr int linear_staging_pitch(int row_tiles) { return 64 * row_tiles + 4; }
 

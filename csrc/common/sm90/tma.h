@@ -21,7 +21,7 @@ struct TmaDim {
 // Encodes a map over 16-bit elements whose boxes land in shared memory in a swizzle, by default of
 // 128 bytes (the innermost box is then 64 elements).  Coordinates outside read as zero and are not
 // written.  `promotion`: what L2 fetches at least of a line or two that a box touches.  256 bytes
-// cap a kernel that memory bounds at 4.0 TB/s of an H200's 4.4 (docs/kernels/linear_decode.md); one
+// cap a kernel that memory bounds at 4.1 TB/s of an H200's 4.4 (docs/kernels/linear_decode.md); one
 // that waits for latencies may find its next box in L2.
 inline Status encode_tensor_map(
     CUtensorMap* map, bool bf16, const void* base, std::initializer_list<TmaDim> dims,
