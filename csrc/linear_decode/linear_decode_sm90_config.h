@@ -130,6 +130,11 @@ constexpr int linear_staging_pitch(int row_tiles) { return 64 * row_tiles + 4; }
 
 constexpr int kLinearTokenBytes = 16;  // of a row of x, where a projection looks it up
 
+// Loads of a CTA: its steps, of all its units.
+constexpr int linear_loads(const LinearDecodeSm90Config& c) {
+  return ceil_div(c.steps, c.cluster) * c.units;
+}
+
 // What a caller may fix to measure with; 0, or -1: chosen here.
 struct LinearDecodeSm90Tuning {
   int cluster = 0, boxes = 0, smem_bytes = 0, last_bytes = -1;
@@ -155,7 +160,7 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
   const int staged = parts * linear_staged_tokens(c.tokens) * linear_staging_pitch(c.row_tiles) * 4;
   const int staging = round_up(exchanged > staged ? exchanged : staged, 1024);
   // The ring serves to merge sums when it has nothing else to bring.
-  const int needed = ceil_div(c.steps, c.cluster) * c.units;
+  const int needed = linear_loads(c);
   const int merged = c.cluster == 2 && c.row_tiles == 1 ? c.tokens * 64 * 4 : 0;
   const int held = (needed < 2 ? needed : 2) * c.stage_bytes;
   const int merge = c.units == 1 && held >= merged ? 0 : merged;
@@ -193,7 +198,7 @@ constexpr int linear_unit(const LinearDecodeSm90Shape& s, std::int64_t most_unit
 
 // Whether a ring has a few stages: four, or three where that is half of what it brings, or all.
 constexpr bool linear_ring_is_long(const LinearDecodeSm90Config& c) {
-  const int all = ceil_div(c.steps, c.cluster) * c.units;
+  const int all = linear_loads(c);
   return c.stages >= kLinearRunStages || c.stages == all || (c.stages >= 3 && 2 * c.stages >= all);
 }
 
@@ -211,7 +216,7 @@ constexpr void choose_linear_stages(LinearDecodeSm90Config& c, std::int64_t K,
     const LinearDecodeSm90Config narrow = c;
     boxes *= 2;
     lay_out_linear_ring(c, K, boxes, most_bytes);
-    const bool is_all = c.stages == ceil_div(c.steps, c.cluster) * c.units;
+    const bool is_all = c.stages == linear_loads(c);
     if (is_small ? linear_ring_is_long(c) : c.stages >= kLinearRunStages || is_all) continue;
     c = narrow;
     break;
@@ -225,9 +230,11 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   while (c.tokens < s.rows) c.tokens *= 2;
   const std::int64_t outputs = s.outputs + s.second_outputs;
   const std::int64_t weight_rows = s.swiglu ? 2 * outputs : outputs;
-  const bool splits = c.tokens >= 64 || weight_rows * s.K <= kLinearSplitWeight;
-  c.cluster = linear_may_pair(c.tokens, 1) && splits && weight_rows < kLinearSplitRows ? 2 : 1;
-  if (tuning.cluster != 0 && linear_may_pair(c.tokens, 1)) c.cluster = tuning.cluster;
+  const bool splits =
+      weight_rows < kLinearSplitRows && (c.tokens >= 64 || weight_rows * s.K <= kLinearSplitWeight);
+  c.cluster = 1;
+  if (linear_may_pair(c.tokens, 1))
+    c.cluster = tuning.cluster != 0 ? tuning.cluster : splits ? 2 : 1;
 
   const bool is_whole = s.swiglu || c.tokens > 32 || c.cluster == 2;
   c.slices = is_whole ? 1 : outputs <= kLinearFourSlices ? 4 : outputs <= kLinearTwoSlices ? 2 : 1;
@@ -274,7 +281,7 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
                                           : kLinearLastBytes;
   c.last_loads = ceil_div(last, c.stage_bytes);
   // What follows few tokens is not to wait until x is there.
-  const int all = ceil_div(c.steps, c.cluster) * c.units;
+  const int all = linear_loads(c);
   if (is_few && tuning.last_bytes < 0 && all - c.last_loads <= c.stages) c.last_loads = all;
   return c;
 }
@@ -282,7 +289,7 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
 // A stage is given back when the products of the next one have been issued: a ring of one stage
 // holds all there is.
 constexpr bool linear_ring_turns(const LinearDecodeSm90Config& c) {
-  return c.stages >= 2 || (c.stages == 1 && ceil_div(c.steps, c.cluster) * c.units == 1);
+  return c.stages >= 2 || (c.stages == 1 && linear_loads(c) == 1);
 }
 
 }  // namespace zebra
