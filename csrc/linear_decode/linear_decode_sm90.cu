@@ -145,7 +145,7 @@ Status encode_maps(LinearArgs& args) {
   const TmaDim rows = {outputs, step, static_cast<std::uint32_t>(c.box_rows)};
   const TmaDim both = {halves, p.swiglu ? linear_parts_distance(p) / 2 : outputs * step, halves};
   const TmaDim tokens = {static_cast<std::uint64_t>(p.rows), pitch(p.rows, p.x_stride),
-                         static_cast<std::uint32_t>(c.tokens)};
+                         static_cast<std::uint32_t>(c.x_rows)};
   const auto encode = [&](CUtensorMap* map, const void* from, const TmaDim& dim,
                           const TmaDim& parts) {
     return args.whole ? encode_tensor_map(map, bf16, from, {along, dim, parts, blocks})

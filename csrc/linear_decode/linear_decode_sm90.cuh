@@ -129,6 +129,7 @@ struct LinearProduct {
         (tile ^ a.up_first) * c.second_offset + part * kSlices * c.weight_box;
     const std::uint32_t x_skip = part * kSlices * c.x_box;
     const std::uint32_t w_step = kParts * kSlices * c.weight_box;
+    const std::uint32_t x_step = kParts * kSlices * c.x_box;
     int last = 0;
     for (int s = 0; s < work.steps; ++s) {
       mbarrier_wait(linear_shared_at(LinearSmem::kFull) + 8 * r.slot, r.phase);
@@ -138,11 +139,11 @@ struct LinearProduct {
           c.norms ? linear_shared_at(c.h_offset) + s * c.boxes * c.x_box : stage + c.x_offset;
       const std::uint64_t x = wgmma_descriptor(boxes_of_x + x_skip, 16);
       if (own == 1)
-        multiply<1>(d, w, w_step, x);
+        multiply<1>(d, w, w_step, x, x_step);
       else if (own == 2)
-        multiply<2>(d, w, w_step, x);
+        multiply<2>(d, w, w_step, x, x_step);
       else
-        multiply<4>(d, w, w_step, x);
+        multiply<4>(d, w, w_step, x, x_step);
       wgmma_wait<1>();
       if (s > 0) release(last);
       last = r.slot;
@@ -151,18 +152,18 @@ struct LinearProduct {
     wgmma_wait<0>(d);
     if (work.steps > 0) release(last);
   }
-  // kGroups groups of boxes of a stage.
+  // kGroups groups of boxes of a stage.  Of x a product reads kTokens rows, also where its box has
+  // fewer: what lies behind them makes sums of tokens that there are not.
   template <int kGroups>
   __device__ __forceinline__ void multiply(float (&d)[kSize], std::uint64_t w, std::uint32_t w_step,
-                                           std::uint64_t x) const {
+                                           std::uint64_t x, std::uint32_t x_step) const {
     wgmma_fence();
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int k = 0; k < kLinearBox / 16; ++k)
-        wgmma_ss<T>(d, advance(w, 32 * k),
-                    advance(x, g * kParts * kSlices * 128 * kTokens + 32 * k), true);
-      w = advance(w, w_step);
+        wgmma_ss<T>(d, advance(w, 32 * k), advance(x, 32 * k), true);
+      w = advance(w, w_step), x = advance(x, x_step);
     }
     wgmma_commit();
   }

@@ -106,6 +106,7 @@ struct LinearDecodeSm90Config {
   int all_units;
   int clusters;             // in all
   int box_rows;             // rows of the weight in a box: `unit`, rounded up to 8
+  int x_rows;               // of x: those that there are, rounded up to 8, but with slices `tokens`
   int boxes;                // of the weight in a stage
   int steps;                // of a unit, over both CTAs of a cluster
   int second_offset;        // bytes from the first 64 rows of a box, or the gate's, to the others
@@ -256,7 +257,8 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   c.box_rows = round_up(c.unit, 8);
   c.second_offset = (s.swiglu ? c.box_rows : 64) * 2 * kLinearBox;
   c.weight_box = (s.swiglu ? 2 : 1) * c.box_rows * 2 * kLinearBox;
-  c.x_box = c.tokens * 2 * kLinearBox;
+  c.x_rows = c.slices == 1 ? round_up(static_cast<int>(s.rows), 8) : c.tokens;
+  c.x_box = c.x_rows * 2 * kLinearBox;
   c.norms = s.norm && linear_norms_itself(s.rows, s.K);
 
   // A whole multiprocessor: long runs of W in flight are worth more than a second ring beside this

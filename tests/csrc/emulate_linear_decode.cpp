@@ -111,7 +111,7 @@ class Emulation {
       const int to = stage + b * c.weight_box, at = k + b * kBox;
       copy_box(to, weight, of.first, of.end, at, c.box_rows);
       if (s.swiglu) copy_box(to + c.second_offset, weight, N + of.first, 2 * N, at, c.box_rows);
-      if (!c.norms) copy_box(stage + c.x_offset + b * c.x_box, x, 0, rows, at, c.tokens);
+      if (!c.norms) copy_box(stage + c.x_offset + b * c.x_box, x, 0, rows, at, c.x_rows);
     }
   }
   // LinearNorm: the rows that there are, zeros behind K; here without what a norm changes.
@@ -128,7 +128,8 @@ class Emulation {
   }
   // A product of 64 lines from `w` on with as many lines from `v` on as there are columns.
   void multiply(std::vector<float>& sums, int w, int v) {
-    if (w + 64 * kLineBytes > c.smem_bytes) return fail("a product past shared memory");
+    if (std::max(w + 64 * kLineBytes, v + columns * kLineBytes) > c.smem_bytes)
+      return fail("a product past shared memory");
     for (int r = 0; r < 64; ++r)
       for (int n = 0; n < columns; ++n) {
         const float* const a = &memory[(w / kLineBytes + r) * kBox];
