@@ -100,12 +100,12 @@ struct LinearProduct {
   struct Aside {
     std::uint32_t of[kOwnTokens][kOwnOutputs];
 
-    // The next token's: a loop over registers that is not unrolled.
-    __device__ __forceinline__ void advance() {
+    // The next output's: a loop over registers that need not be unrolled.
+    __device__ __forceinline__ void next_output() {
 #pragma unroll
-      for (int i = 0; i + 1 < kOwnTokens; ++i)
+      for (int i = 0; i < kOwnTokens; ++i)
 #pragma unroll
-        for (int k = 0; k < kOwnOutputs; ++k) of[i][k] = of[i + 1][k];
+        for (int k = 0; k + 1 < kOwnOutputs; ++k) of[i][k] = of[i][k + 1];
     }
   };
 
@@ -240,14 +240,13 @@ struct LinearProduct {
       for (int i = 0; i < kTokens; i += kStaged)
         if (i == from) stage(d, i);
       named_barrier(1, kThreads);
-#pragma unroll 1
-      for (int t = warp; t < kStaged && from + t < past; t += kWarps, aside.advance()) {
-        const float* const sums = staging + t * kPitch;
-        if (c.projects)
-          turn.write(aside.of[0], from + t, is_real, [&](int n) { return pair_of(sums + n); });
-        else
-          write(sums, from + t, out, aside.of[0], is_real);
-      }
+      const int tokens = is_real ? past - from - warp : 0;
+      if (c.projects)
+        turn.template write<kWarps>(aside.of, from + warp, tokens, [&](int i, int n) {
+          return pair_of(staging + (warp + i * kWarps) * kPitch + n);
+        });
+      else
+        write(staging, from, tokens, out, aside);
       if (!is_real || from + kStaged >= past) break;
       named_barrier(1, kThreads);
     }
@@ -319,34 +318,54 @@ struct LinearProduct {
     }
   }
 
-  __device__ __forceinline__ void write(const float* sums, int token, const Outputs& out,
-                                        const std::uint32_t (&residual)[kOwnOutputs],
-                                        bool is_real) const {
+  // Sums of the warp's tokens from `from` on, `tokens` of them kWarps apart.
+  __device__ __forceinline__ void write(const float* staging, int from, int tokens,
+                                        const Outputs& out, Aside& aside) const {
     const LinearDecodeParams& p = a.p;
-    const T* const bias = static_cast<const T*>(p.bias);
-    T* const y = static_cast<T*>(p.y) + token * p.outputs + out.first;
     const bool in_parts = kParts == 2 && a.cfg.cluster == 1;
+    const float* sums = staging + warp * kPitch + lane;
+    T* y = static_cast<T*>(p.y) + (from + warp) * p.outputs + out.first + lane;
+    // Some sums at once, whatever they are of, are one latency.
+#pragma unroll(4 / kOwnTokens)
+    for (int k = 0; k < kOwnOutputs; ++k, sums += 32, y += 32, aside.next_output()) {
+      if (32 * k >= out.count) break;
+      const bool is_there = lane + 32 * k < out.count;
+      float v[kOwnTokens];
 #pragma unroll
-    for (int i = 0; i < kOwnOutputs; ++i) {
-      const int n = lane + 32 * i;
-      if (n >= out.count) continue;
-      float v = 0.f;
+      for (int i = 0; i < kOwnTokens; ++i) {
+        v[i] = 0.f;
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-        const float* const from = sums + s * (a.cfg.weight_box / 128) + n;
-        v += in_parts ? from[0] + from[kStaged * kPitch] : from[0];
+        for (int s = 0; s < kSlices; ++s) {
+          const float* const at = sums + i * kWarps * kPitch + s * (a.cfg.weight_box / 128);
+          v[i] += in_parts ? at[0] + at[kStaged * kPitch] : at[0];
+        }
       }
-      if (bias != nullptr) v += to_float(bias[out.first + n]);
-      if (p.swiglu) {
-        float up = sums[64 + n];
-        if (bias != nullptr) up += to_float(bias[p.outputs + out.first + n]);
-        v *= sigmoidf(v) * up;
+      const auto bias_of = [&](std::int64_t first) {
+        return p.bias != nullptr && is_there
+                   ? to_float(static_cast<const T*>(p.bias)[first + out.first + lane + 32 * k])
+                   : 0.f;
+      };
+      const float bias = bias_of(0);
+#pragma unroll
+      for (int i = 0; i < kOwnTokens; ++i) v[i] += bias;
+      if (kRowTiles == 2 && p.swiglu) {
+        const float up_bias = bias_of(p.outputs);
+#pragma unroll
+        for (int i = 0; i < kOwnTokens; ++i)
+          v[i] *= sigmoidf(v[i]) * (sums[i * kWarps * kPitch + 64] + up_bias);
       }
       if (p.residual != nullptr) {
-        const auto bits = static_cast<unsigned short>(residual[i]);
-        v += to_float(reinterpret_cast<const T&>(bits));
+#pragma unroll
+        for (int i = 0; i < kOwnTokens; ++i) {
+          const auto bits = static_cast<unsigned short>(aside.of[i][0]);
+          v[i] += to_float(reinterpret_cast<const T&>(bits));
+        }
       }
-      if (is_real) y[n] = from_float<T>(v);
+      const std::uint64_t policy = kept_policy();
+#pragma unroll
+      for (int i = 0; i < kOwnTokens; ++i)
+        if (is_there && i * kWarps < tokens)
+          store_kept(y + i * kWarps * p.outputs, from_float<T>(v[i]), policy);
     }
   }
 };

@@ -235,10 +235,12 @@ __global__ void __launch_bounds__(kLinearNormThreads, 4)
 #pragma unroll
     for (int j = 0; j < 8; ++j) squares = fmaf(v[i][j], v[i][j], squares);
   const float scale = rsqrtf(block_sum(squares, sums) / static_cast<float>(K) + eps);
+  const std::uint64_t policy = kept_policy();
   const auto write = [&](int at, float (&u)[8], const float (&by)[8]) {
+    Vec<T, 8> v;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) u[j] *= scale * by[j];
-    store_vec<T, 8>(to + at, u);
+    for (int j = 0; j < 8; ++j) v.v[j] = from_float<T>(u[j] * (scale * by[j]));
+    store_kept(reinterpret_cast<Vec<T, 8>*>(to + at), v, policy);
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i)

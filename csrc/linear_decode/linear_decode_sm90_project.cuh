@@ -102,28 +102,38 @@ struct LinearTurn {
     }
   }
 
-  // `sum(n)`: the products n and n + 1 of the token.
-  template <typename Sum>
-  __device__ __forceinline__ void write(const std::uint32_t (&turn)[2 * kRowTiles], int token,
-                                        bool is_real, const Sum& sum) const {
+  // Of `tokens` tokens, kStep apart.  `sum(i, n)`: the products n and n + 1 of the i-th.
+  template <int kStep, int kOwnTokens, typename Sum>
+  __device__ __forceinline__ void write(const std::uint32_t (&turn)[kOwnTokens][2 * kRowTiles],
+                                        int token, int tokens, const Sum& sum) const {
     const LinearProjection& q = a.also;
-    const std::int64_t row = second ? linear_tokens(a)[token].row : -1;
-    T* const y =
-        static_cast<T*>(second ? q.y : a.p.y) + token * (second ? q.outputs : a.p.outputs) + first;
-    T* const cached = static_cast<T*>(q.cache) + row + first;
+    const std::int64_t wide = second ? q.outputs : a.p.outputs;
+    T* const y = static_cast<T*>(second ? q.y : a.p.y) + token * wide + first;
+    const std::uint64_t policy = kept_policy();
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) {
-      const int n = 64 * i + 2 * lane;
+    for (int p = 0; p < kRowTiles; ++p) {
+      const int n = 64 * p + 2 * lane;
       if (n >= outputs) continue;
-      float2 v = sum(n);
-      if (angle[i] >= 0) {
-        const float cos = __uint_as_float(turn[2 * i]), sin = __uint_as_float(turn[2 * i + 1]);
-        v = make_float2(v.x * cos - v.y * sin, v.x * sin + v.y * cos);
+      float2 v[kOwnTokens];
+#pragma unroll
+      for (int i = 0; i < kOwnTokens; ++i) v[i] = sum(i, n);
+      if (angle[p] >= 0) {
+#pragma unroll
+        for (int i = 0; i < kOwnTokens; ++i) {
+          const float cos = __uint_as_float(turn[i][2 * p]),
+                      sin = __uint_as_float(turn[i][2 * p + 1]);
+          v[i] = make_float2(v[i].x * cos - v[i].y * sin, v[i].x * sin + v[i].y * cos);
+        }
       }
-      const Pair rounded = LinearPair<T>::round(v);
-      if (!is_real) continue;
-      *reinterpret_cast<Pair*>(y + n) = rounded;
-      if (row >= 0) *reinterpret_cast<Pair*>(cached + n) = rounded;
+#pragma unroll
+      for (int i = 0; i < kOwnTokens; ++i) {
+        if (i * kStep >= tokens) continue;
+        const Pair rounded = LinearPair<T>::round(v[i]);
+        store_kept(reinterpret_cast<Pair*>(y + i * kStep * wide + n), rounded, policy);
+        const std::int64_t row = second ? linear_tokens(a)[token + i * kStep].row : -1;
+        if (row >= 0)
+          *reinterpret_cast<Pair*>(static_cast<T*>(q.cache) + row + first + n) = rounded;
+      }
     }
   }
 };

@@ -83,7 +83,7 @@ __device__ __forceinline__ float block_sum(float v, float* smem) {
   return total;
 }
 
-__device__ __forceinline__ float sigmoidf(float x) { return 1.f / (1.f + __expf(-x)); }
+__device__ __forceinline__ float sigmoidf(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
 }  // namespace zebra
 

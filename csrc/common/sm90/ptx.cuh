@@ -196,6 +196,33 @@ __device__ __forceinline__ void stmatrix_x4_trans(std::uint32_t addr, std::uint3
                : "memory");
 }
 
+// ---- stores whose lines L2 gives up last.  For what the next kernel reads and a later one writes
+// again: behind a stream of weights it would be written back to HBM every time.
+
+__device__ __forceinline__ std::uint64_t kept_policy() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+template <typename V>
+__device__ __forceinline__ void store_kept(V* to, const V& v, std::uint64_t policy) {
+  static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 16);
+  if constexpr (sizeof(V) == 2) {
+    asm volatile("st.global.L2::cache_hint.b16 [%0], %1, %2;" ::"l"(to),
+                 "h"(reinterpret_cast<const unsigned short&>(v)), "l"(policy)
+                 : "memory");
+  } else if constexpr (sizeof(V) == 4) {
+    asm volatile("st.global.L2::cache_hint.b32 [%0], %1, %2;" ::"l"(to),
+                 "r"(reinterpret_cast<const unsigned&>(v)), "l"(policy)
+                 : "memory");
+  } else {
+    const uint4& u = reinterpret_cast<const uint4&>(v);
+    asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(u.x),
+                 "r"(u.y), "r"(u.z), "r"(u.w), "l"(policy)
+                 : "memory");
+  }
+}
+
 // ---- pairs of 16-bit elements in a register.
 
 template <typename T>
