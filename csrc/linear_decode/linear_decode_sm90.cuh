@@ -318,14 +318,14 @@ struct LinearProduct {
     }
   }
 
-  // Sums of the warp's tokens from `from` on, `tokens` of them kWarps apart.
+  // Of the warp's tokens from `from` on, kWarps apart, those before `tokens`.
   __device__ __forceinline__ void write(const float* staging, int from, int tokens,
                                         const Outputs& out, Aside& aside) const {
     const LinearDecodeParams& p = a.p;
     const bool in_parts = kParts == 2 && a.cfg.cluster == 1;
     const float* sums = staging + warp * kPitch + lane;
     T* y = static_cast<T*>(p.y) + (from + warp) * p.outputs + out.first + lane;
-    // Some sums at once, whatever they are of, are one latency.
+    // Four sums at once, of tokens or of outputs: the end of a unit is latencies.
 #pragma unroll(4 / kOwnTokens)
     for (int k = 0; k < kOwnOutputs; ++k, sums += 32, y += 32, aside.next_output()) {
       if (32 * k >= out.count) break;

@@ -22,7 +22,7 @@ constexpr int kLinearHalfSmemBytes = 114688, kLinearWholeSmemBytes = 230400;
 // then x is read half as often.  With 32 rows of x too, where the weight is not so large that the
 // exchange is all that is seen.  A function of the shape alone, because it decides how sums are
 // split.
-constexpr std::int64_t kLinearSplitRows = 8448, kLinearSplitWeight = 1 << 25;
+constexpr std::int64_t kLinearSplitRows = 4608, kLinearSplitWeight = 1 << 25;
 // Each then finishes half of the tokens: halves of the sums, which slices' are not.
 constexpr bool linear_may_pair(int tokens, int slices) { return tokens >= 32 && slices == 1; }
 
@@ -78,18 +78,15 @@ struct LinearDecodeSm90Shape {
 // The most rows of x for which this kernel is faster than ATen's product with the norm and the
 // residual in launches of their own (measured over the projections of 1B to 8B models, 1 to 128
 // rows).  Rows of W are long where its sums are few; with nothing fused cuBLAS is ahead sooner.
-// Vocabularies are ATen's but for a few rows with their norm, swiglu's two products and their
-// combination never.
-constexpr std::int64_t kLinearSmallWeight = 1 << 23;
-constexpr std::int64_t kLinearManyOutputs = 16384, kLinearVocabulary = 24576;
+// Vocabularies are as fast either way, but for their norm; swiglu's two products and their
+// combination always slower there.
+constexpr std::int64_t kLinearManyOutputs = 8192, kLinearVocabulary = 24576;
 constexpr std::int64_t linear_most_rows(const LinearDecodeSm90Shape& s, bool is_plain) {
   if (s.swiglu) return kLinearMostTokens;
-  if (s.outputs >= kLinearVocabulary)
-    return s.norm && linear_norms_itself(1, s.K) ? kLinearMostNormedRows : 0;
+  if (s.outputs >= kLinearVocabulary) return s.norm ? 64 : 0;
   if (!s.norm && s.K >= 2 * s.outputs) return kLinearMostTokens;
-  if (!is_plain) return 64;
-  if (s.outputs * s.K <= kLinearSmallWeight) return s.outputs > s.K ? 32 : 64;
-  return s.outputs >= kLinearManyOutputs ? 16 : 32;
+  if (!is_plain) return s.outputs < 2 * s.K ? kLinearMostTokens : 64;
+  return s.outputs < kLinearManyOutputs ? 64 : 32;
 }
 
 // A unit is `unit` outputs; a cluster of 1 or 2 CTAs computes `units` of them one after another,
