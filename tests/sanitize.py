@@ -168,7 +168,7 @@ def mamba2_step() -> None:
 
 def linear_decode() -> None:
     for dtype, rows, (N, K) in itertools.product(
-        DTYPES, (1, 3, 20, 40, 70), ((96, 64), (200, 264), (4096, 1024))
+        DTYPES, (1, 3, 12, 20, 40, 70), ((96, 64), (200, 264), (9000, 136), (4096, 1024))
     ):
         x, w, up = (torch.randn(n, K, dtype=dtype, device="cuda") for n in (rows, N, N))
         g, r = torch.ones_like(x[0]), torch.randn(rows, N, dtype=dtype, device="cuda")
