@@ -317,11 +317,13 @@ int time() {
       {{1, 48}, 10272, 4096, false, false},
       {{1, 48}, 10272, 4096, false, true},
       {{1, 16, 64, 128}, 14336, 4096, false, false},
-      {{1, 48}, 14336, 4096, true, false},
+      {{1, 16, 32, 48, 64}, 14336, 4096, true, false},
+      {{48}, 8192, 2048, true, false},
+      {{48}, 8192, 3072, true, false},
       {{1, 48, 64}, 14336, 4096, true, true},
       {{32}, 3072, 8192, false, false},
-      {{1, 32, 64}, 4096, 14336, false, false},
-      {{1, 64}, 128256, 4096, false, false},
+      {{1, 32, 48, 64}, 4096, 14336, false, false},
+      {{1, 16, 32, 48, 64}, 128256, 4096, false, false},
       {{1, 4, 64}, 128256, 4096, false, true},
   };
   time_projections(bench, arena, pool, kPoolBytes);
