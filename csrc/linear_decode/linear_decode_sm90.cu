@@ -63,13 +63,6 @@ std::uint64_t linear_parts_distance(const LinearDecodeParams& p) {
   return gate < up ? up - gate : gate - up;
 }
 
-int multiprocessors() {
-  int device = 0, sms = 132;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  return sms;
-}
-
 template <typename T, int kTokens, int kRowTiles, int kSlices>
 Status start(const LinearArgs& args, cudaStream_t stream) {
   const auto kernel = linear_decode_sm90_kernel<T, kTokens, kRowTiles, kSlices>;

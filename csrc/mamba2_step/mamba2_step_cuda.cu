@@ -30,6 +30,10 @@ namespace zebra {
 namespace {
 
 constexpr int kRowsPerWarp = 16;  // at once
+// Warps of a head, at most: few, of many heads, take turns at its rows, so that more heads are on a
+// multiprocessor, and loads of some cover stores of others.  From so many heads of a multiprocessor
+// on.  Of at most 128 rows the result is the same: as many threads have an output.
+constexpr int kMostWarps = 8, kFewWarps = 4, kManyHeads = 4, kFewWarpsRows = 128;
 constexpr int kConvThreads = 128;
 constexpr int kTaps = 4;   // of a window, asked for before the first of them is shifted
 constexpr int kAhead = 8;  // channels whose window, and whose taps, a line holds at least
@@ -278,9 +282,11 @@ Status launch(const Mamba2StepParams& p, CUstream_st* stream) {
   auto kernel = mamba2_state_kernel<T, S, 0>;
   if (aligned && p.d_state == 64) kernel = mamba2_state_kernel<T, S, 64 / kVec>;
   if (aligned && p.d_state == 128) kernel = mamba2_state_kernel<T, S, 128 / kVec>;
+  const bool is_many = blocks > kManyHeads * multiprocessors() && p.headdim <= kFewWarpsRows;
   const std::int64_t warps = ceil_div<std::int64_t>(p.headdim, kRowsPerWarp);
+  const std::int64_t most = is_many ? kFewWarps : kMostWarps;
   return launch_dependent(kernel, dim3(static_cast<unsigned>(blocks)),
-                          dim3(32 * static_cast<unsigned>(warps < 8 ? warps : 8)),
+                          dim3(32 * static_cast<unsigned>(warps < most ? warps : most)),
                           static_cast<std::size_t>(smem), stream, p);
 }
 

@@ -56,7 +56,6 @@ int attribute(cudaDeviceAttr which) {
   cudaDeviceGetAttribute(&value, which, device);
   return value;
 }
-int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 
 SsdMachine machine() {
   constexpr double kReached = 0.88;  // by a copy, of the memory's peak

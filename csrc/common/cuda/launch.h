@@ -35,6 +35,13 @@ inline bool takes_sm90() {
   return major == 9 && minor == 0;
 }
 
+inline int multiprocessors() {
+  int device = 0, sms = 132;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  return sms;
+}
+
 // Whether a kernel may start before the one ahead of it has ended, where it says that it can.  Not
 // for compute-sanitizer's racecheck, which takes the accesses of overlapping kernels for one's.
 #ifdef ZEBRA_RACECHECK
