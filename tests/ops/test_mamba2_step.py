@@ -323,6 +323,21 @@ def test_mamba2_step_survives_graph_replay_with_other_slots():
         assert torch.equal(g, w)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(32, 128, 128, 8), (24, 100, 64, 8), (32, 136, 128, 1)], ids=str)
+def test_mamba2_step_of_many_rows_is_that_of_each(shape, state_dtype):
+    """Heads share a multiprocessor in another way from some number on."""
+    heads, headdim, d_state, groups = shape
+    sizes = {"heads": heads, "headdim": headdim, "d_state": d_state, "groups": groups}
+    args = make(40, torch.bfloat16, "cuda", state_dtype=state_dtype, **sizes)
+    got = check(args)
+    for row in (0, 17, 39):
+        own = {k: args[k][row : row + 1] for k in ("zxbcdt", "conv_state", "ssm_state")}
+        for all_rows, one in zip(got, run({**args, **own}), strict=True):
+            assert torch.equal(all_rows[row : row + 1], one)
+
+
 @pytest.mark.parametrize("op", [ops.mamba2_step, _mamba2_step_composite])
 def test_mamba2_step_takes_the_logarithm_of_the_decay(op, device):
     args = make(device=device)
