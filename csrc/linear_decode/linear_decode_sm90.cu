@@ -2,7 +2,7 @@
 //
 // Computes       y of linear_decode.h for 16-bit dtypes and at most 128 rows of x (tokens).
 // Idea           reading W is the cost, so W is the operand of 64 rows and x, padded to 8, 16, 32,
-//                64 or 128 tokens, the narrow one.  Every multiprocessor reads an even share of
+//                64 or 128 columns, the narrow one.  Every multiprocessor reads an even share of
 //                the rows of W, to the row: a copy brings as many rows as the share has, and a
 //                product of 64 rows ignores what lies behind them.  So sums need no other CTA, no
 //                workspace and no atomics, and one launch is enough.
@@ -17,6 +17,8 @@
 // Long runs      a stage holds 4 boxes along K up to 16 tokens and 2 up to 64, where the ring keeps
 //                4 stages: HBM likes runs of 512 bytes.
 // Rehearsal      the end of a unit runs once without a store while the first weights are under way.
+// End of a unit  nothing hides it in a launch of one unit: four sums are under way at once.  y is
+//                what L2 gives up last; behind W it would go to HBM, again and again.
 // Slices         where a share has at most 16 or 32 rows, the 64 rows of a product are those of 4
 //                or 2 pieces of K: a quarter or half of the products, of which the diagonal is
 //                summed.
@@ -43,8 +45,8 @@
 // Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
 //                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 0.3 us more
 //                with at most 4 rows of x, 1.6 us with more.
-// Measured       H200, 2026-11-28: 4096 x 4096 with 1 / 16 / 32 / 64 rows 9.0 / 10.0 / 10.6 /
-//                12.2 us a link: 85 / 77 / 73 / 64 % of 4.4 TB/s.
+// Measured       H200, 2026-11-28: 4096 x 4096 with 1 / 16 / 32 / 64 rows 9.0 / 9.9 / 10.3 /
+//                11.3 us a link: 85 / 77 / 74 / 67 % of 4.4 TB/s.
 //                benchmarks/bench_linear_decode.py --device cuda
 #include "linear_decode/linear_decode_sm90_launch.h"
 

@@ -6,8 +6,8 @@
 // Grid           convolution: a thread a channel and row; states: a CTA a head and row.
 // Tiles          a warp holds 16 neighbouring state rows, 16 bytes a lane: where N is 64 or 128 it
 //                asks for 512 bytes that lie together at a time, and a head of 128 x 128 fp32 is in
-//                flight at once in the registers of 256 threads.  kRowLanes = 0 walks rows of any
-//                other N element by element.
+//                flight at once in the registers of 256 threads, or of many heads half of it in
+//                those of 128.  kRowLanes = 0 walks rows of any other N element by element.
 // Launch         dependent: windows and taps are asked into L2 before the convolution's input is
 //                there, and the states are read while it runs.  Nothing before it in the stream
 //                still runs then, because the convolution lets the next grid start only after its
@@ -16,7 +16,7 @@
 // Bound          HBM: the state, read and written once; below some 4 rows, latency.
 // Predicted      H200, 8B layer (32 heads, 128 x 128 fp32), 64 rows: 64 us / 0.88 = 72 us;
 //                1 row: 5 us.
-// Measured       H200, 2026-11-28: 64 rows 81 us (80 % of the floor), 1 row 10 us alone and 6.3 us
+// Measured       H200, 2026-11-28: 64 rows 80 us (81 % of the floor), 1 row 10 us alone and 6.4 us
 //                in a decoding step.  benchmarks/bench_mamba2_step.py, bench_decode.py --device
 //                cuda
 #include "common/cuda/launch.h"
