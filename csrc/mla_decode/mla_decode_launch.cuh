@@ -19,8 +19,7 @@ inline std::int64_t mla_max_tokens(const MlaDecodeParams& p) {
 inline MlaDecodeConfig mla_config(const MlaDecodeParams& p, bool tma) {
   return select_mla_decode_config(
       {p.B, p.T * p.H, p.R, p.E, mla_max_tokens(p), p.split_size, tma, p.weight != nullptr},
-      mla_attribute(cudaDevAttrMultiProcessorCount),
-      mla_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+      multiprocessors(), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 // The arguments of a launch, or why there can be none.
@@ -93,14 +92,14 @@ Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream
   const int used = rows < a.rows ? rows : a.rows;
   args.parts = ceil_div(used * quads, 32 * kMlaWarps / c.combine_lanes);
   // One wave at most: where nobody cut an item, all that its CTAs do is start.
-  const int sms = mla_attribute(cudaDevAttrMultiProcessorCount);
+  const int sms = multiprocessors();
   const std::int64_t most = sms * 2 / c.units;
   const int parts = args.parts < most ? args.parts : most > 1 ? static_cast<int>(most) : 1;
   const dim3 grid(static_cast<unsigned>(c.units), static_cast<unsigned>(parts));
   // The first multiprocessor that is free would take several CTAs, if there were room for them.
   int smem = 0;
   if (c.units * parts <= sms) {
-    smem = mla_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / 2;
+    smem = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / 2;
     const cudaError_t error = cudaFuncSetAttribute(
         mla_combine_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (error != cudaSuccess) return {cudaGetErrorString(error)};

@@ -14,18 +14,10 @@
 namespace zebra {
 namespace {
 
-inline int mla_attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, name, device);
-  return value;
-}
-
 inline MlaWeightConfig mla_weight_config(const MlaDecodeParams& p) {
   return select_mla_weight_config(
-      {p.B * p.T * p.H, p.H, p.G, p.nope, p.v_dim, p.R, p.E, p.split_size > 0},
-      mla_attribute(cudaDevAttrMultiProcessorCount),
-      mla_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+      {p.B * p.T * p.H, p.H, p.G, p.nope, p.v_dim, p.R, p.E, p.split_size > 0}, multiprocessors(),
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 // Launches one of the kernels of a call.

@@ -10,7 +10,7 @@ namespace {
 inline MlaDecodeConfig mla_wide_config(const MlaDecodeParams& p) {
   return select_mla_wide_config(
       {p.B, p.T * p.H, p.R, p.E, mla_max_tokens(p), p.split_size, true, p.weight != nullptr},
-      mla_attribute(cudaDevAttrMultiProcessorCount));
+      multiprocessors());
 }
 
 }  // namespace

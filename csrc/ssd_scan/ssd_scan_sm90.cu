@@ -50,17 +50,11 @@ Workspace workspace_of(const SsdScanParams& p, const SsdScanSm90Config& c) {
   return w;
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, which, device);
-  return value;
-}
-
 SsdMachine machine() {
   constexpr double kReached = 0.88;  // by a copy, of the memory's peak
-  const double ghz = 1e-6 * attribute(cudaDevAttrMemoryClockRate);
-  return {multiprocessors(), kReached * 2 * ghz * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8};
+  const double ghz = 1e-6 * device_attribute(cudaDevAttrMemoryClockRate);
+  return {multiprocessors(),
+          kReached * 2 * ghz * device_attribute(cudaDevAttrGlobalMemoryBusWidth) / 8};
 }
 
 // Planning takes microseconds and calls come in runs of one shape: the last plan is kept.

@@ -25,21 +25,20 @@ inline bool env_is_set(const char* name) {
   return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
 // Whether the current device takes the Hopper kernels (sm_90a).
 inline bool takes_sm90() {
-  if (env_is_set("ZEBRA_PORTABLE")) return false;
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
-}
-
-inline int multiprocessors() {
-  int device = 0, sms = 132;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  return sms;
+  return !env_is_set("ZEBRA_PORTABLE") &&
+         device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }
 
 // Whether a kernel may start before the one ahead of it has ended, where it says that it can.  Not
@@ -59,14 +58,11 @@ struct LaunchOptions {
 template <typename... Params, typename... Args>
 Status launch_kernel(const LaunchOptions& options, void (*kernel)(Params...), dim3 grid, dim3 block,
                      std::size_t smem, cudaStream_t stream, Args&&... args) {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = grid, launch.blockDim = block, launch.dynamicSmemBytes = smem;
   launch.stream = stream, launch.attrs = attributes;
-  if (options.is_dependent && major >= 9) {
+  if (options.is_dependent && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
     cudaLaunchAttribute& early = attributes[launch.numAttrs++];
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = kLaunchesOverlap;
