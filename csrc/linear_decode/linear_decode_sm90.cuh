@@ -222,7 +222,8 @@ struct LinearProduct {
   }
 
   // Bias, activation, residual, rounding: through shared memory, so that a warp writes neighbouring
-  // outputs of one token.  This code runs once or twice and comes from memory: loops stay loops.
+  // outputs of one token.  This code runs once or twice and comes from memory: loops are unrolled
+  // no further than their latencies want.
   __device__ __forceinline__ void finish(const float (&d)[kSize], const Outputs& out, Aside& aside,
                                          bool is_real) const {
     const LinearDecodeSm90Config& c = a.cfg;
@@ -361,7 +362,7 @@ struct LinearProduct {
           v[i] += to_float(reinterpret_cast<const T&>(bits));
         }
       }
-      const std::uint64_t policy = kept_policy();
+      const std::uint64_t policy = kept_policy();  // for registers' sake not before the loop
 #pragma unroll
       for (int i = 0; i < kOwnTokens; ++i)
         if (is_there && i * kWarps < tokens)
