@@ -142,18 +142,22 @@ def mla_decode() -> None:
 
 
 def mamba2_step() -> None:
-    for dtype, N, width in itertools.product(DTYPES, (24, 64, 128), (2, 4)):
-        H, P, G, slots = 4, 24, 2, 3
+    # H, P, N, rows: the last two have enough heads to stream their states
+    shapes = ((4, 24, 24, 3), (4, 24, 64, 3), (4, 24, 128, 3), (32, 64, 64, 42), (8, 128, 128, 70))
+    for dtype, (H, P, N, rows), width in itertools.product(DTYPES, shapes, (2, 4)):
+        G = 2
         channels = G * (P + N) + H * N
+        index = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device="cuda")
+        index[rows // 2] = -1
         for state_dtype in {torch.float32, dtype}:
 
             def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
                 return torch.randn(shape, dtype=dtype, device="cuda")
 
             ops.mamba2_step(
-                randn(3, H * P + channels + H),
-                randn(slots, channels, width - 1),
-                randn(slots, H, P, N, dtype=state_dtype),
+                randn(rows, H * P + channels + H),
+                randn(rows, channels, width - 1),
+                randn(rows, H, P, N, dtype=state_dtype),
                 randn(channels, width),
                 randn(channels),
                 randn(H),
@@ -161,7 +165,7 @@ def mamba2_step() -> None:
                 randn(H),
                 randn(H * P),
                 G,
-                torch.tensor([2, -1, 0], dtype=torch.int32, device="cuda"),
+                index,
                 A_is_log=True,
             )
 

@@ -323,19 +323,51 @@ def test_mamba2_step_survives_graph_replay_with_other_slots():
         assert torch.equal(g, w)
 
 
+MANY_ROWS = 48  # from some number of heads on a GPU deals them out in another way
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(32, 128, 128, 8), (24, 100, 64, 8), (32, 136, 128, 1)], ids=str)
-def test_mamba2_step_of_many_rows_is_that_of_each(shape, state_dtype):
-    """Heads share a multiprocessor in another way from some number on."""
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(dtype, torch.float32) for dtype in DTYPES] + [(dtype, dtype) for dtype in DTYPES[1:]],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(32, 128, 128, 8), (24, 100, 64, 8), (32, 136, 128, 1), (32, 64, 64, 8), (24, 32, 128, 3)],
+    ids=str,
+)
+def test_mamba2_step_of_many_rows_is_that_of_each(shape, dtype, state_dtype):
     heads, headdim, d_state, groups = shape
     sizes = {"heads": heads, "headdim": headdim, "d_state": d_state, "groups": groups}
-    args = make(40, torch.bfloat16, "cuda", state_dtype=state_dtype, **sizes)
+    args = make(MANY_ROWS, dtype, "cuda", state_dtype=state_dtype, **sizes)
     got = check(args)
-    for row in (0, 17, 39):
+    for row in (0, 17, 47):
         own = {k: args[k][row : row + 1] for k in ("zxbcdt", "conv_state", "ssm_state")}
         for all_rows, one in zip(got, run({**args, **own}), strict=True):
             assert torch.equal(all_rows[row : row + 1], one)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("present", ["some", "none"])
+def test_mamba2_step_of_many_rows_touches_their_slots_alone(present, norm):
+    args = make(MANY_ROWS, torch.bfloat16, "cuda", 32, 128, 128, 8, slots=64, norm=norm)
+    index = torch.randperm(64)[:MANY_ROWS].int()
+    index[[0, 5, 6, 7, 47] if present == "some" else slice(None)] = -1
+    index[17] = 64  # no such slot
+    args["state_indices"] = index.cuda()
+    got = run(args)
+    assert not got[0][index < 0].any() and got[0][17].isnan().all()
+    there = (index >= 0) & (index < 64)
+    slots = index[there].long().cuda()
+    own = {"zxbcdt": args["zxbcdt"][there.cuda()], "state_indices": None}
+    own |= {k: args[k][slots] for k in ("conv_state", "ssm_state")}
+    assert torch.equal(got[0][there.cuda()], run({**args, **own})[0])
+    left = torch.ones(64, dtype=torch.bool, device="cuda").index_fill(0, slots, False)
+    for name, new in zip(NAMES[1:], got[1:], strict=True):
+        assert torch.equal(new[left], args[name][left])
+        assert torch.equal(new[slots], run({**args, **own})[NAMES.index(name)])
 
 
 @pytest.mark.parametrize("op", [ops.mamba2_step, _mamba2_step_composite])
