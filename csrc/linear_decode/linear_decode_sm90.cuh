@@ -13,8 +13,9 @@ namespace zebra::sm90 {
 
 // ---- products and what follows them: two warpgroups
 //
-// Of units of more than 64 rows (row_tiles 2) each takes 64; of others both take all rows, and
-// every other group of kSlices boxes along K, so a stage has two groups or more.
+// Of units of more than 64 rows (row_tiles 2) each takes 64; of others both take all rows: of 128
+// tokens half of the tokens each, of fewer every other group of kSlices boxes along K, so a stage
+// has two groups or more.
 //
 // With several slices the 64 rows are those of kSlices boxes along K, one behind the other in
 // shared memory, and the columns the tokens of as many boxes of x: the blocks on the diagonal are
@@ -22,15 +23,18 @@ namespace zebra::sm90 {
 
 template <typename T, int kTokens, int kRowTiles, int kSlices>
 struct LinearProduct {
-  static constexpr int kSize = kSlices * kTokens / 2;  // accumulators of a thread
   static constexpr int kThreads = kLinearThreads - 128, kWarps = kThreads / 32;
-  static constexpr int kParts = kRowTiles == 1 ? 2 : 1;  // into which sums along K are split
-  static constexpr int kFinishing = 128 * kRowTiles;     // threads that exchange sums
-  static constexpr int kStaged = linear_staged_tokens(kTokens);
+  static constexpr int kParts = linear_parts(kTokens, kRowTiles);
+  static constexpr bool kHalves = linear_halves_tokens(kTokens, kRowTiles);
+  static constexpr int kGroupTokens = kHalves ? kTokens / 2 : kTokens;  // of a warpgroup
+  static constexpr int kSize = kSlices * kGroupTokens / 2;              // accumulators of a thread
+  static constexpr int kFinishing = 128 * kRowTiles;  // threads that send, and that receive, sums
+  static constexpr int kStaged = linear_staged_tokens(kTokens, kRowTiles);
   static constexpr int kPitch = linear_staging_pitch(kRowTiles);
   // Of the staged ones, a warp's tokens and a lane's outputs of each.
   static constexpr int kOwnTokens = kStaged / kWarps, kOwnOutputs = 2 * kRowTiles;
   static constexpr bool kPairs = linear_may_pair(kTokens, kSlices);  // with another CTA
+  static constexpr int kSent = kHalves ? kSize : kSize / 2;          // sums of a thread, to a peer
   // Whether registers are left for a rehearsal.
   static constexpr bool kRehearses = kTokens != 64 || kRowTiles == 1;
 
@@ -38,7 +42,8 @@ struct LinearProduct {
   const LinearWork& work;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - 4;
-  const int tile = kRowTiles == 2 ? warp / 4 : 0, part = kParts == 2 ? warp / 4 : 0;
+  const int group = warp / 4, tile = kRowTiles == 2 ? group : 0, part = kParts == 2 ? group : 0;
+  const int group_token = kHalves ? group * kGroupTokens : 0;  // the first of the warpgroup
 
   // `start` waits until x, the residual and y may be touched.  Before it the end of a unit runs
   // once, without sums and without a store: until W is there, there is nothing else to do, and then
@@ -58,7 +63,7 @@ struct LinearProduct {
       if (is_real) {
         if (u == 0) start();
         if (a.cfg.cluster == 2 && warp == 0 && lane == 0)
-          mbarrier_expect(linear_shared_at(LinearSmem::kPeerFull), kSize / 2 * 4 * kFinishing);
+          mbarrier_expect(linear_shared_at(LinearSmem::kPeerFull), kSent * 4 * kFinishing);
         // Under way while the products are made.
         if (!a.cfg.projects) read_residual(aside, first_token(), out);
         wgmma_fence(d);
@@ -67,15 +72,15 @@ struct LinearProduct {
           if (a.cfg.cluster == 2) {
             if constexpr (kParts == 2) merge(d);
             if (part == 0) exchange(d, u);
-            // Taken: the memory serves finish() next.  The second part meets, too: racecheck takes
-            // warps that met others less often for unordered.
-            named_barrier(2 + part, kFinishing);
+            // Taken: the memory serves finish() next.  The other part, or those who sent, meet,
+            // too: racecheck takes warps that met others less often for unordered.
+            named_barrier(2 + (kRowTiles == 2 ? 0 : group), kFinishing);
           }
         }
       }
       finish(d, out, aside, is_real);
       if constexpr (kPairs)
-        if (a.cfg.cluster == 2 && part == 0 && is_real && u + 1 < work.units)
+        if (a.cfg.cluster == 2 && warp < 4 * kRowTiles && is_real && u + 1 < work.units)
           tell_peer(LinearSmem::kPeerFree);
     }
   }
@@ -127,7 +132,7 @@ struct LinearProduct {
     const int own = c.boxes / (kSlices * kParts);  // groups of boxes in a stage
     const std::uint32_t w_skip =
         (tile ^ a.up_first) * c.second_offset + part * kSlices * c.weight_box;
-    const std::uint32_t x_skip = part * kSlices * c.x_box;
+    const std::uint32_t x_skip = part * kSlices * c.x_box + group_token * 2 * kLinearBox;
     const std::uint32_t w_step = kParts * kSlices * c.weight_box;
     const std::uint32_t x_step = kParts * kSlices * c.x_box;
     int last = 0;
@@ -152,7 +157,7 @@ struct LinearProduct {
     wgmma_wait<0>(d);
     if (work.steps > 0) release(last);
   }
-  // kGroups groups of boxes of a stage.  Of x a product reads kTokens rows, also where its box has
+  // kGroups groups of boxes of a stage.  Of x products read kTokens rows, also where its box has
   // fewer: what lies behind them makes sums of tokens that there are not.
   template <int kGroups>
   __device__ __forceinline__ void multiply(float (&d)[kSize], std::uint64_t w, std::uint32_t w_step,
@@ -195,30 +200,34 @@ struct LinearProduct {
     if (lane == 0) mbarrier_arrive_cluster(cluster_addr(linear_shared_at(bar), work.rank ^ 1));
   }
 
-  // Each CTA of a cluster gets the sums of both for its half of the tokens.
+  // Each CTA of a cluster gets the sums of both for its half of the tokens: half of those that a
+  // warpgroup has, or all that one has and none of the other's.
   __device__ __forceinline__ void exchange(float (&d)[kSize], int u) const {
-    constexpr int kHalf = kSize / 2;
-    const int at = a.cfg.staging_offset + (tile * (kHalf / 4) * 128 + threadIdx.x % 128) * 16;
+    const int at = a.cfg.staging_offset + (tile * (kSent / 4) * 128 + threadIdx.x % 128) * 16;
     const std::uint32_t to = cluster_addr(linear_shared_at(at), work.rank ^ 1);
     const std::uint32_t bar = cluster_addr(linear_shared_at(LinearSmem::kPeerFull), work.rank ^ 1);
-    if (u > 0) mbarrier_wait_cluster(linear_shared_at(LinearSmem::kPeerFree), (u - 1) & 1);
     const auto give = [&](int from) {
+      if (u > 0) mbarrier_wait_cluster(linear_shared_at(LinearSmem::kPeerFree), (u - 1) & 1);
 #pragma unroll
-      for (int i = 0; i < kHalf; i += 4)
+      for (int i = 0; i < kSent; i += 4)
         cluster_store_async(to + i / 4 * 128 * 16,
                             {d[from + i], d[from + i + 1], d[from + i + 2], d[from + i + 3]}, bar);
     };
     const auto take = [&](int into) {
+      mbarrier_wait_cluster(linear_shared_at(LinearSmem::kPeerFull), u & 1);
 #pragma unroll
-      for (int i = 0; i < kHalf; i += 4) {
+      for (int i = 0; i < kSent; i += 4) {
         const float4 v = *reinterpret_cast<const float4*>(linear_shared + at + i / 4 * 128 * 16);
         d[into + i] += v.x, d[into + i + 1] += v.y;
         d[into + i + 2] += v.z, d[into + i + 3] += v.w;
       }
     };
-    work.rank == 0 ? give(kHalf) : give(0);
-    mbarrier_wait_cluster(linear_shared_at(LinearSmem::kPeerFull), u & 1);
-    work.rank == 0 ? take(0) : take(kHalf);
+    if constexpr (kHalves) {
+      group == work.rank ? take(0) : give(0);
+    } else {
+      work.rank == 0 ? give(kSent) : give(0);
+      work.rank == 0 ? take(0) : take(kSent);
+    }
   }
 
   // Bias, activation, residual, rounding: through shared memory, so that a warp writes neighbouring
@@ -238,8 +247,8 @@ struct LinearProduct {
       else if (is_real && from > first_token())
         read_residual(aside, from, out);
 #pragma unroll
-      for (int i = 0; i < kTokens; i += kStaged)
-        if (i == from) stage(d, i);
+      for (int i = 0; i < kGroupTokens; i += kStaged)
+        if (group_token + i == from) stage(d, i);
       named_barrier(1, kThreads);
       const int tokens = is_real ? past - from - warp : 0;
       if (c.projects)
@@ -254,12 +263,11 @@ struct LinearProduct {
     named_barrier(1, kThreads);  // the memory serves the next unit
   }
 
-  // The sums of kStaged tokens in shared memory, outputs side by side.
+  // The sums of kStaged of the warpgroup's tokens in shared memory, outputs side by side.
   __device__ __forceinline__ void stage(const float (&d)[kSize], int from) const {
-    const LinearDecodeSm90Config& c = a.cfg;
-    if (part == 1 && c.cluster == 2) return;  // merged
+    if (part == 1 && a.cfg.cluster == 2) return;  // merged
     const int row = 64 * tile + 16 * (warp % 4) + lane / 4, column = lane % 4 * 2;
-    float* const to = reinterpret_cast<float*>(linear_shared + c.staging_offset) +
+    float* const to = reinterpret_cast<float*>(linear_shared + a.cfg.staging_offset) +
                       (part * kStaged + column) * kPitch + row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -269,7 +277,7 @@ struct LinearProduct {
         if (kSlices > 1 && slice != s) continue;
 #pragma unroll
         for (int j = 0; j < kStaged / 8; ++j) {
-          const int i = (s * kTokens + from) / 2 + 4 * j + 2 * half;
+          const int i = (s * kGroupTokens + from) / 2 + 4 * j + 2 * half;
           to[8 * j * kPitch + 8 * half] = d[i];
           to[(8 * j + 1) * kPitch + 8 * half] = d[i + 1];
         }
@@ -327,7 +335,7 @@ struct LinearProduct {
     const float* sums = staging + warp * kPitch + lane;
     T* y = static_cast<T*>(p.y) + (from + warp) * p.outputs + out.first + lane;
     // Four sums at once, of tokens or of outputs: the end of a unit is latencies.
-#pragma unroll(4 / kOwnTokens)
+#pragma unroll(kOwnTokens < 4 ? 4 / kOwnTokens : 1)
     for (int k = 0; k < kOwnOutputs; ++k, sums += 32, y += 32, aside.next_output()) {
       if (32 * k >= out.count) break;
       const bool is_there = lane + 32 * k < out.count;

@@ -94,7 +94,7 @@ constexpr std::int64_t linear_most_rows(const LinearDecodeSm90Shape& s, bool is_
 struct LinearDecodeSm90Config {
   int tokens;     // columns of the product: rows of x, padded to 8, 16, 32, 64 or 128
   int row_tiles;  // products of 64 rows that a unit needs: of 2, each is one warpgroup's; of 1,
-                  // both warpgroups take every other `slices` boxes along K
+                  // both take half of the tokens or every other `slices` boxes along K
   int cluster;    // CTAs that share the rows of a unit
   int slices;     // boxes along K that one product takes together
   int unit;
@@ -121,9 +121,22 @@ struct LinearDecodeSm90Config {
   int last_loads;  // stages that a CTA has yet to ask for when it lets the next launch start
 };
 
+// Whether the warpgroups of a unit of one tile have half of the tokens each, so that nobody adds up
+// what they have: of many tokens that takes longer than to read a box of the weight twice.
+constexpr bool linear_halves_tokens(int tokens, int row_tiles) {
+  return row_tiles == 1 && tokens > 64;
+}
+// Into which sums along K are split within a CTA.
+constexpr int linear_parts(int tokens, int row_tiles) {
+  return row_tiles == 1 && !linear_halves_tokens(tokens, row_tiles) ? 2 : 1;
+}
+
 // Tokens whose sums lie in shared memory together on their way out, and the floats between them.
 // Of two CTAs that share a unit one finishes as many, or twice.
-constexpr int linear_staged_tokens(int tokens) { return tokens < 16 ? 8 : tokens > 32 ? 32 : 16; }
+constexpr int linear_staged_tokens(int tokens, int row_tiles) {
+  if (linear_halves_tokens(tokens, row_tiles)) return tokens / 2;
+  return tokens < 16 ? 8 : tokens > 32 ? 32 : 16;
+}
 constexpr int linear_staging_pitch(int row_tiles) { return 64 * row_tiles + 4; }
 
 constexpr int kLinearTokenBytes = 16;  // of a row of x, where a projection looks it up
@@ -154,12 +167,13 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
 
   // Sums of the other CTA's half of the tokens, or of the tokens that are on their way out.
   const int exchanged = c.cluster == 2 ? c.tokens / 2 * 64 * c.row_tiles * 4 : 0;
-  const int parts = c.cluster == 1 && c.row_tiles == 1 ? 2 : 1;
-  const int staged = parts * linear_staged_tokens(c.tokens) * linear_staging_pitch(c.row_tiles) * 4;
+  const int split = linear_parts(c.tokens, c.row_tiles), parts = c.cluster == 1 ? split : 1;
+  const int staged =
+      parts * linear_staged_tokens(c.tokens, c.row_tiles) * linear_staging_pitch(c.row_tiles) * 4;
   const int staging = round_up(exchanged > staged ? exchanged : staged, 1024);
   // The ring serves to merge sums when it has nothing else to bring.
   const int needed = linear_loads(c);
-  const int merged = c.cluster == 2 && c.row_tiles == 1 ? c.tokens * 64 * 4 : 0;
+  const int merged = c.cluster == 2 && split == 2 ? c.tokens * 64 * 4 : 0;
   const int held = (needed < 2 ? needed : 2) * c.stage_bytes;
   const int merge = c.units == 1 && held >= merged ? 0 : merged;
   const int h = c.norms ? c.steps * c.boxes * c.x_box : 0;
@@ -203,8 +217,8 @@ constexpr bool linear_ring_is_long(const LinearDecodeSm90Config& c) {
 // Stages of many bytes, as long as the ring is long.
 constexpr void choose_linear_stages(LinearDecodeSm90Config& c, std::int64_t K,
                                     const LinearDecodeSm90Tuning& tuning, int most_bytes) {
-  const int most_boxes = c.row_tiles == 1 ? 8 : 4;
-  const int least = c.row_tiles == 1 ? 2 * c.slices : 1;  // one product of either warpgroup
+  const int parts = linear_parts(c.tokens, c.row_tiles);
+  const int most_boxes = 4 * parts, least = parts * c.slices;  // one product of either warpgroup
   int boxes = tuning.boxes > least ? tuning.boxes : least;
   if (boxes > most_boxes) boxes = most_boxes;
   lay_out_linear_ring(c, K, boxes, most_bytes);

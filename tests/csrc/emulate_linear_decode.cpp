@@ -29,7 +29,10 @@ class Emulation {
         rows(static_cast<int>(s.rows)),
         N(static_cast<int>(s.outputs + s.second_outputs)),
         K(static_cast<int>(s.K)),
-        columns(c.tokens * c.slices) {
+        parts(zebra::linear_parts(c.tokens, c.row_tiles)),
+        group_skip(zebra::linear_halves_tokens(c.tokens, c.row_tiles) ? c.tokens / 2 : 0),
+        group_tokens(c.tokens - group_skip),
+        columns(group_tokens * c.slices) {
     std::mt19937 random(static_cast<unsigned>(rows * 7 + N * 13 + K));
     const auto fill = [&](std::vector<float>& values, int count, int most) {
       values.resize(count);
@@ -65,7 +68,10 @@ class Emulation {
  private:
   const LinearDecodeSm90Shape s;
   const LinearDecodeSm90Config c;
-  const int rows, N, K, columns;
+  const int rows, N, K;
+  const int parts;                     // into which warpgroups split sums along K
+  const int group_skip, group_tokens;  // tokens before the second warpgroup's; those of one
+  const int columns;                   // of a warpgroup's product
   std::vector<float> weight, x, y;
   std::vector<float> memory;   // of a CTA, 64 elements a line of 128 bytes
   std::vector<float> d[2][2];  // sums of a CTA's warpgroups, [64 rows, columns]
@@ -146,7 +152,6 @@ class Emulation {
     memory.assign(zebra::ceil_div(c.smem_bytes, kLineBytes) * kBox, kNaN);
     for (std::vector<float>& sums : d[rank]) sums.assign(64 * columns, 0);
     if (c.norms) load_h();
-    const int parts = c.row_tiles == 1 ? 2 : 1;  // warpgroups take turns along K, or rows
     for (int i = 0; i < steps; ++i) {
       const int slot = (unit * steps + i) % c.stages;
       const int stage = zebra::kLinearHeaderBytes + slot * c.stage_bytes;
@@ -154,9 +159,10 @@ class Emulation {
       for (int group = 0; group < 2; ++group)
         for (int b = parts == 2 ? group * c.slices : 0; b < c.boxes; b += c.slices * parts)
           multiply(d[rank][group],
-                   stage + (parts == 1 ? group * c.second_offset : 0) + b * c.weight_box,
-                   c.norms ? c.h_offset + (i * c.boxes + b) * c.x_box
-                           : stage + c.x_offset + b * c.x_box);
+                   stage + (c.row_tiles == 2 ? group * c.second_offset : 0) + b * c.weight_box,
+                   (c.norms ? c.h_offset + (i * c.boxes + b) * c.x_box
+                            : stage + c.x_offset + b * c.x_box) +
+                       group * group_skip * kLineBytes);
     }
   }
 
@@ -167,13 +173,13 @@ class Emulation {
     float v = d[rank][warp / 4][at];
     if (c.cluster == 1) return v;
     v += d[rank ^ 1][warp / 4][at];
-    if (c.row_tiles == 1) v += d[rank][1][at] + d[rank ^ 1][1][at];
+    if (parts == 2) v += d[rank][1][at] + d[rank ^ 1][1][at];
     return v;
   }
   // LinearProduct::finish and write.
   void finish_unit(int rank, Outputs of) {
-    const bool in_parts = c.row_tiles == 1 && c.cluster == 1;
-    const int staged = zebra::linear_staged_tokens(c.tokens);
+    const bool in_parts = parts == 2 && c.cluster == 1;
+    const int staged = zebra::linear_staged_tokens(c.tokens, c.row_tiles);
     const int pitch = zebra::linear_staging_pitch(c.row_tiles), part_size = staged * pitch;
     const int size = (in_parts ? 2 : 1) * part_size;
     if (size * 4 > c.smem_bytes - c.staging_offset) return fail("sums past shared memory");
@@ -181,14 +187,17 @@ class Emulation {
       if (c.cluster == 2 && from / (c.tokens / 2) != rank) continue;
       std::vector<float> staging(size, kNaN);
       for (int warp = 0; warp < 8; ++warp) {
-        const int part = c.row_tiles == 1 ? warp / 4 : 0, tile = c.row_tiles == 2 ? warp / 4 : 0;
+        const int part = parts == 2 ? warp / 4 : 0, tile = c.row_tiles == 2 ? warp / 4 : 0;
         if (part == 1 && !in_parts) continue;
+        const int own = from - warp / 4 * group_skip;  // among the warpgroup's tokens
+        if (own < 0 || own >= group_tokens) continue;
         for (int half = 0; half < 2; ++half) {
           const int slice = (16 * (warp % 4) + 8 * half) * kLineBytes / c.weight_box;
           if (c.slices > 1 && slice >= c.slices) continue;
           for (int lane = 0; lane < 32; ++lane)
             for (int j = 0; j < staged / 8; ++j) {
-              const int i = ((c.slices > 1 ? slice : 0) * c.tokens + from) / 2 + 4 * j + 2 * half;
+              const int i =
+                  ((c.slices > 1 ? slice : 0) * group_tokens + own) / 2 + 4 * j + 2 * half;
               const int row = 64 * tile + 16 * (warp % 4) + lane / 4 + 8 * half;
               const int to = (part * staged + 8 * j + lane % 4 * 2) * pitch + row;
               staging[to] = accumulator(rank, warp, lane, i);

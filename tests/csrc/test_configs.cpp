@@ -335,17 +335,18 @@ void linear_decode_units_cover_the_outputs(const zebra::LinearDecodeSm90Shape& s
   // a stage are theirs.
   const int last_box = c.staging_offset - c.stage_bytes + (c.boxes - 1) * c.weight_box;
   EXPECT_HERE(last_box + (c.row_tiles - 1) * c.second_offset + 8192 <= c.smem_bytes);
-  const int groups = c.boxes / c.slices / (c.row_tiles == 1 ? 2 : 1);
+  const int split = zebra::linear_parts(c.tokens, c.row_tiles);
+  const int groups = c.boxes / c.slices / split;
   EXPECT_HERE(groups == 1 || groups == 2 || groups == 4);
-  const int parts = c.row_tiles == 1 && c.cluster == 1 ? 2 : 1;
-  const int merged = c.row_tiles == 1 && c.cluster == 2 ? c.tokens * 256 : 0;
+  const int parts = c.cluster == 1 ? split : 1, merged = split > parts ? c.tokens * 256 : 0;
   const bool in_ring = c.merge_offset < c.staging_offset;
   EXPECT_HERE(merged == 0 ? in_ring
               : in_ring   ? c.units == 1 && c.merge_offset + merged <= c.staging_offset
                           : c.merge_offset + merged <= c.smem_bytes);
   const int held = (in_ring ? c.h_offset : c.merge_offset) - c.staging_offset;
-  EXPECT_HERE(held >= parts * zebra::linear_staged_tokens(c.tokens) *
-                          zebra::linear_staging_pitch(c.row_tiles) * 4);
+  const int staged = zebra::linear_staged_tokens(c.tokens, c.row_tiles);
+  EXPECT_HERE(held >= parts * staged * zebra::linear_staging_pitch(c.row_tiles) * 4);
+  EXPECT_HERE(c.tokens % (c.cluster * staged) == 0);
   EXPECT_HERE(c.cluster == 1 || held >= c.tokens / 2 * 64 * c.row_tiles * 4);
   EXPECT_HERE(!c.norms || (s.norm && c.cluster == 1 && c.h_offset % 1024 == 0 &&
                            c.gain_offset - c.h_offset >= c.steps * c.boxes * c.x_box &&
