@@ -80,7 +80,7 @@ struct LinearProduct {
       }
       finish(d, out, aside, is_real);
       if constexpr (kPairs)
-        if (a.cfg.cluster == 2 && warp < 4 * kRowTiles && is_real && u + 1 < work.units)
+        if (a.cfg.cluster == 2 && (kRowTiles == 2 || group == 0) && is_real && u + 1 < work.units)
           tell_peer(LinearSmem::kPeerFree);
     }
   }

@@ -79,13 +79,17 @@ struct LinearDecodeSm90Shape {
 // residual in launches of their own (measured over the projections of 1B to 8B models, 1 to 128
 // rows).  Rows of W are long where its sums are few; with nothing fused cuBLAS is ahead sooner.
 // Vocabularies are as fast either way, but for their norm; swiglu's two products and their
-// combination always slower there.
+// combination always slower there.  Where pairs of CTAs fill their products with long rows,
+// 4096 x 4096, they are ahead with 128, too.
 constexpr std::int64_t kLinearManyOutputs = 8192, kLinearVocabulary = 24576;
+constexpr std::int64_t kLinearLeastPaired = 4096, kLinearMostPaired = 4224, kLinearPairedK = 4096;
 constexpr std::int64_t linear_most_rows(const LinearDecodeSm90Shape& s, bool is_plain) {
   if (s.swiglu) return kLinearMostTokens;
   if (s.outputs >= kLinearVocabulary) return s.norm ? 64 : 0;
   if (!s.norm && s.K >= 2 * s.outputs) return kLinearMostTokens;
   if (!is_plain) return s.outputs < 2 * s.K ? kLinearMostTokens : 64;
+  if (s.outputs >= kLinearLeastPaired && s.outputs <= kLinearMostPaired && s.K >= kLinearPairedK)
+    return kLinearMostTokens;
   return s.outputs < kLinearManyOutputs ? 64 : 32;
 }
 

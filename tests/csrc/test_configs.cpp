@@ -393,10 +393,12 @@ void linear_decode_tiles_fit() {
                 most_rows(14336, 4096, false, true, true) == 128);
   static_assert(most_rows(4096, 8192, false) == 128 && most_rows(4096, 8192, true) == 128 &&
                 most_rows(4096, 8192, false, true) == 128 && most_rows(4097, 8192, false) == 128 &&
-                most_rows(4097, 8192, true) == 64);
-  static_assert(most_rows(4096, 4096, true) == 64 && most_rows(4097, 4096, true) == 64 &&
-                most_rows(16384, 2048, true) == 32 && most_rows(16383, 2048, true) == 32 &&
-                most_rows(2208, 2048, true) == 64 && most_rows(2048, 2048, true) == 64);
+                most_rows(4225, 8192, true) == 64);
+  static_assert(most_rows(4096, 4096, true) == 128 && most_rows(4224, 4096, true) == 128 &&
+                most_rows(4095, 4096, true) == 64 && most_rows(4225, 4096, true) == 64 &&
+                most_rows(4096, 4095, true) == 64 && most_rows(16384, 2048, true) == 32 &&
+                most_rows(16383, 2048, true) == 32 && most_rows(2208, 2048, true) == 64 &&
+                most_rows(2048, 2048, true) == 64);
   static_assert(most_rows(8191, 4096, false) == 128 && most_rows(8192, 4096, false) == 64 &&
                 most_rows(8191, 4096, true) == 64 && most_rows(8192, 4096, true) == 32);
   static_assert(most_rows(24575, 4096, true) == 32 && most_rows(24576, 4096, true) == 0 &&

@@ -54,11 +54,10 @@ def linear_decode(
         On the CPU up to 4 rows of bfloat16, 8 of float16 or 16 of other dtypes, everything is in
         fp32 (fp64 for fp64) with one rounding of y, and a row of y does not depend on the other
         rows.  Up to 64 rows of bfloat16 on the matrix unit of a CPU (AMX), h is rounded to bfloat16
-        and the products are not.  On CUDA, up to 64 rows of bfloat16 or float16 (128 for "swiglu";
-        none from N = 32768 on without it), h is rounded to x's dtype on Hopper; below, norm_weight
-        times x is (float16: it may not overflow) and the root mean square divides the sums.  Sums
-        are fp32 and y is rounded once.  Elsewhere the matrix product is ATen's: h and the products
-        are rounded to x's dtype, then y is.  Deterministic.
+        and the products are not.  On Hopper, up to 128 rows of bfloat16 or float16 where zebra's
+        kernel is the faster (docs/kernels/linear_decode.md), h is rounded to x's dtype.  In all of
+        these sums are fp32 and y is rounded once.  Elsewhere the matrix product is ATen's: h and
+        the products are rounded to x's dtype, then y is.  Deterministic.
 
     In a CUDA graph the kernel reads its weights (weight, up_weight, norm_weight) ahead of the
     kernels launched before it, so nothing in the graph may write them; outside of graphs any order
