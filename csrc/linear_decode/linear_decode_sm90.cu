@@ -3,22 +3,22 @@
 // Computes       y of linear_decode.h for 16-bit dtypes and at most 128 rows of x (tokens).
 // Idea           reading W is the cost, so W is the operand of 64 rows and x, padded to 8, 16, 32,
 //                64 or 128 columns, the narrow one.  Every multiprocessor reads an even share of
-//                the rows of W, to the row: a copy brings as many rows as the share has, and a
-//                product of 64 rows ignores what lies behind them.  So sums need no other CTA, no
-//                workspace and no atomics, and one launch is enough.
+//                the rows of W, in multiples of 8 where that leaves most of them one, and a product
+//                of 64 rows ignores what lies behind them.  So sums need no other CTA, no workspace
+//                and no atomics, and one launch is enough.
 // Grid           clusters of 1 or 2 CTAs, at most one CTA a multiprocessor; a cluster computes
 //                `units` units of outputs in turn (linear_decode_sm90_config.h).  With 32 tokens
 //                and more, and few rows, two CTAs share rows and halve K, so that x is read from L2
 //                half as often; they exchange sums, each finishes half of the tokens.
 // Warps          load (one thread of a warpgroup) | product, 2 warpgroups: 64 rows each where
-//                a unit has more than 64, else every other piece of K.  One warpgroup alone would
-//                decide: products of few tokens take as long to issue as HBM takes to bring their
-//                weight.
+//                a unit has more than 64, else every other piece of K, or half of 128 tokens.  One
+//                warpgroup alone would decide: products of few tokens take as long to issue as HBM
+//                takes to bring their weight.
 // Long runs      a stage holds 4 boxes along K up to 16 tokens and 2 up to 64, where the ring keeps
 //                4 stages: HBM likes runs of 512 bytes.
 // Rehearsal      the end of a unit runs once without a store while the first weights are under way.
 // End of a unit  nothing hides it in a launch of one unit: four sums are under way at once.  y is
-//                what L2 gives up last; behind W it would go to HBM, again and again.
+//                what L2 gives up last; behind W it would go to HBM, again and again.  So is x.
 // Slices         where a share has at most 16 or 32 rows, the 64 rows of a product are those of 4
 //                or 2 pieces of K: a quarter or half of the products, of which the diagonal is
 //                summed.

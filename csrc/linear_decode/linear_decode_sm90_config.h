@@ -52,6 +52,9 @@ constexpr int kLinearHalfBytes = 272 * 1024;
 // short.
 constexpr int kLinearLastBytes = 65536, kLinearLastBytesOfFew = 131072;
 
+// Of four multiprocessors so many have work, at least, where units are rounded up to whole boxes.
+constexpr int kLinearBusyOfFour = 3;
+
 // Up to 16 tokens, CTAs of more rows than this have units of one product's 64: stages of long runs
 // are then small enough for a ring of many.
 constexpr std::int64_t kLinearTallShare = 96;
@@ -77,20 +80,17 @@ struct LinearDecodeSm90Shape {
 
 // The most rows of x for which this kernel is faster than ATen's product with the norm and the
 // residual in launches of their own (measured over the projections of 1B to 8B models, 1 to 128
-// rows).  Rows of W are long where its sums are few; with nothing fused cuBLAS is ahead sooner.
-// Vocabularies are as fast either way, but for their norm; swiglu's two products and their
-// combination always slower there.  Where pairs of CTAs fill their products with long rows,
-// 4096 x 4096, they are ahead with 128, too.
-constexpr std::int64_t kLinearManyOutputs = 8192, kLinearVocabulary = 24576;
+// rows).  Up to 64 it always is.  Beyond, where products are two that are combined, where rows of W
+// are long and its sums few, and where pairs of CTAs fill their products with them, 4096 x 4096;
+// with more fused also where W has fewer than twice as many rows as columns.
+constexpr std::int64_t kLinearVocabulary = 24576;
 constexpr std::int64_t kLinearLeastPaired = 4096, kLinearMostPaired = 4224, kLinearPairedK = 4096;
 constexpr std::int64_t linear_most_rows(const LinearDecodeSm90Shape& s, bool is_plain) {
-  if (s.swiglu) return kLinearMostTokens;
-  if (s.outputs >= kLinearVocabulary) return s.norm ? 64 : 0;
-  if (!s.norm && s.K >= 2 * s.outputs) return kLinearMostTokens;
-  if (!is_plain) return s.outputs < 2 * s.K ? kLinearMostTokens : 64;
-  if (s.outputs >= kLinearLeastPaired && s.outputs <= kLinearMostPaired && s.K >= kLinearPairedK)
-    return kLinearMostTokens;
-  return s.outputs < kLinearManyOutputs ? 64 : 32;
+  const bool is_paired =
+      s.outputs >= kLinearLeastPaired && s.outputs <= kLinearMostPaired && s.K >= kLinearPairedK;
+  const bool is_long = !s.norm && s.K >= 2 * s.outputs;
+  const bool is_fused = !is_plain && s.outputs < 2 * s.K && s.outputs < kLinearVocabulary;
+  return s.swiglu || is_paired || is_long || is_fused ? kLinearMostTokens : 64;
 }
 
 // A unit is `unit` outputs; a cluster of 1 or 2 CTAs computes `units` of them one after another,
@@ -263,9 +263,17 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   const int most = c.slices > 1 ? 64 / c.slices : s.swiglu || is_tall ? 64 : 128;
   std::int64_t units = ceil_div(ceil_div(outputs, slots), std::int64_t{most});
   while ((c.unit = linear_unit(s, slots * units)) > most) ++units;
+  const auto units_of = [&](int unit) {
+    return ceil_div<std::int64_t>(s.outputs, unit) + ceil_div<std::int64_t>(s.second_outputs, unit);
+  };
+  // Then whole boxes: what one has behind its unit is read twice, and x is by a CTA more.  Not
+  // where many multiprocessors would have nothing to do.
+  if (const int whole = round_up(c.unit, 8);
+      whole <= most && kLinearBusyOfFour * slots * units <= 4 * units_of(whole))
+    c.unit = whole;
   c.units = static_cast<int>(units);
   c.first_units = static_cast<int>(ceil_div<std::int64_t>(s.outputs, c.unit));
-  c.all_units = c.first_units + static_cast<int>(ceil_div<std::int64_t>(s.second_outputs, c.unit));
+  c.all_units = static_cast<int>(units_of(c.unit));
   c.clusters = static_cast<int>(ceil_div<std::int64_t>(c.all_units, units));
   c.projects = s.projects;
   c.row_tiles = s.swiglu || c.unit > 64 ? 2 : 1;

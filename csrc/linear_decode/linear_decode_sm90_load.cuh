@@ -125,7 +125,7 @@ struct LinearLoader {
         linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes + c.x_offset);
     const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;
     if (a.whole) {
-      tma_load_3d(to, &a.x, full, 0, 0, at.k / kLinearBox);
+      tma_load_3d(to, &a.x, full, 0, 0, at.k / kLinearBox, kept_policy());
       return;
     }
 #pragma unroll 1
