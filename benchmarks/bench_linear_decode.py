@@ -87,6 +87,17 @@ def links(i: Inputs) -> list[Inputs]:
     return [i | {"weight": w} for w in i["weight"]]
 
 
+def last_of_all(call: Callable[..., Tensor]) -> Callable[[Inputs], list[Tensor]]:
+    """All links, one result alive at a time, as in decoding: together they would fill L2."""
+
+    def run(i: Inputs) -> list[Tensor]:
+        for link in links(i):
+            y = call(**link)
+        return [y]
+
+    return run
+
+
 def case(p: Projection, rows: int, count: int, dtype: torch.dtype, form: str) -> Case:
     """A chain of `count` calls; only the last result is kept."""
 
@@ -94,18 +105,6 @@ def case(p: Projection, rows: int, count: int, dtype: torch.dtype, form: str) ->
         last = links(i)[-1]
         wide: Inputs = {k: v.double() if isinstance(v, Tensor) else v for k, v in last.items()}
         return [reference.linear_decode(**wide)]
-
-    def last_of(links: list[Inputs], call: Callable[..., Tensor]) -> list[Tensor]:
-        # One by one, as decoding has them: 48 results at once would fill L2, which keeps them.
-        for link in links:
-            y = call(**link)
-        return [y]
-
-    def zebra(i: Inputs) -> list[Tensor]:
-        return last_of(links(i), ops.linear_decode)
-
-    def peer(i: Inputs) -> list[Tensor]:
-        return last_of(links(i), eager)
 
     other = rows * (p.N * (2 if p.residual else 1) + p.K) + (p.K if p.norm else 0)
     return chain_case(
@@ -117,8 +116,8 @@ def case(p: Projection, rows: int, count: int, dtype: torch.dtype, form: str) ->
         numbers=p.weights + other,
         flops=2 * rows * p.weights,
         make=lambda device: make(p, rows, count, dtype, device),
-        zebra=zebra,
-        eager=peer,
+        zebra=last_of_all(ops.linear_decode),
+        eager=last_of_all(eager),
         truth=truth,
     )
 

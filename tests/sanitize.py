@@ -142,7 +142,7 @@ def mla_decode() -> None:
 
 
 def mamba2_step() -> None:
-    # H, P, N, rows: the last two have enough heads to stream their states
+    # H, P, N, rows: of the last two several heads share a multiprocessor, with few warps each
     shapes = ((4, 24, 24, 3), (4, 24, 64, 3), (4, 24, 128, 3), (32, 64, 64, 42), (8, 128, 128, 70))
     for dtype, (H, P, N, rows), width in itertools.product(DTYPES, shapes, (2, 4)):
         G = 2

@@ -199,16 +199,18 @@ constexpr void lay_out_linear_ring(LinearDecodeSm90Config& c, std::int64_t K, in
   c.smem_bytes = c.staging_offset + rest + slack;
 }
 
-// The smallest unit of which at most `most_units` cover the outputs.  A unit is one weight's, and a
-// projection's holds whole pairs.
+// Units that cover the outputs.  One is one weight's.
+constexpr std::int64_t linear_units(const LinearDecodeSm90Shape& s, int unit) {
+  return ceil_div<std::int64_t>(s.outputs, unit) + ceil_div<std::int64_t>(s.second_outputs, unit);
+}
+
+// The smallest unit of which at most `most_units` cover the outputs.  A projection's holds whole
+// pairs.
 constexpr int linear_unit(const LinearDecodeSm90Shape& s, std::int64_t most_units) {
   const int step = s.projects ? 2 : 1;
   const std::int64_t share = ceil_div(s.outputs + s.second_outputs, most_units);
   int unit = round_up(static_cast<int>(share < 8 ? 8 : share), step);
-  while (ceil_div<std::int64_t>(s.outputs, unit) + ceil_div<std::int64_t>(s.second_outputs, unit) >
-             most_units &&
-         unit <= 128)
-    unit += step;
+  while (linear_units(s, unit) > most_units && unit <= 128) unit += step;
   return unit;
 }
 
@@ -263,17 +265,14 @@ constexpr LinearDecodeSm90Config select_linear_decode_sm90_config(
   const int most = c.slices > 1 ? 64 / c.slices : s.swiglu || is_tall ? 64 : 128;
   std::int64_t units = ceil_div(ceil_div(outputs, slots), std::int64_t{most});
   while ((c.unit = linear_unit(s, slots * units)) > most) ++units;
-  const auto units_of = [&](int unit) {
-    return ceil_div<std::int64_t>(s.outputs, unit) + ceil_div<std::int64_t>(s.second_outputs, unit);
-  };
   // Then whole boxes: what one has behind its unit is read twice, and x is by a CTA more.  Not
   // where many multiprocessors would have nothing to do.
   if (const int whole = round_up(c.unit, 8);
-      whole <= most && kLinearBusyOfFour * slots * units <= 4 * units_of(whole))
+      whole <= most && kLinearBusyOfFour * slots * units <= 4 * linear_units(s, whole))
     c.unit = whole;
   c.units = static_cast<int>(units);
   c.first_units = static_cast<int>(ceil_div<std::int64_t>(s.outputs, c.unit));
-  c.all_units = static_cast<int>(units_of(c.unit));
+  c.all_units = static_cast<int>(linear_units(s, c.unit));
   c.clusters = static_cast<int>(ceil_div<std::int64_t>(c.all_units, units));
   c.projects = s.projects;
   c.row_tiles = s.swiglu || c.unit > 64 ? 2 : 1;

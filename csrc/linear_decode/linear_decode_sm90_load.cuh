@@ -72,6 +72,7 @@ struct LinearWork {
 struct LinearLoader {
   const LinearArgs& a;
   const LinearWork& work;
+  const std::uint64_t x_policy = kept_policy();  // every CTA reads all of x
 
   // A load of this CTA: its coordinate along K, and of which unit it is.
   struct Place {
@@ -125,7 +126,7 @@ struct LinearLoader {
         linear_shared_at(LinearSmem::kRing + slot * c.stage_bytes + c.x_offset);
     const std::uint32_t full = linear_shared_at(LinearSmem::kFull) + 8 * slot;
     if (a.whole) {
-      tma_load_3d(to, &a.x, full, 0, 0, at.k / kLinearBox, kept_policy());
+      tma_load_3d(to, &a.x, full, 0, 0, at.k / kLinearBox, x_policy);
       return;
     }
 #pragma unroll 1

@@ -196,8 +196,9 @@ __device__ __forceinline__ void stmatrix_x4_trans(std::uint32_t addr, std::uint3
                : "memory");
 }
 
-// ---- stores whose lines L2 gives up last.  For what the next kernel reads and a later one writes
-// again: behind a stream of weights it would be written back to HBM every time.
+// ---- accesses whose lines L2 gives up last.  For what every CTA reads, and for what the next
+// kernel reads and a later one writes again: behind a stream of weights it would be written back to
+// HBM every time.
 
 __device__ __forceinline__ std::uint64_t kept_policy() {
   std::uint64_t policy;
