@@ -69,12 +69,11 @@ template <typename T, int kTokens, int kRowTiles, int kSlices>
 Status start(const LinearArgs& args, cudaStream_t stream) {
   const auto kernel = linear_decode_sm90_kernel<T, kTokens, kRowTiles, kSlices>;
   const LinearDecodeSm90Config& c = args.cfg;
+  const Status s = allow_shared_memory(kernel, c.smem_bytes);
+  if (s.error != nullptr) return s;
   // The largest carve-out always: launches of different carve-outs cannot share a multiprocessor.
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -100,9 +100,8 @@ Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream
   int smem = 0;
   if (c.units * parts <= sms) {
     smem = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / 2;
-    const cudaError_t error = cudaFuncSetAttribute(
-        mla_combine_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-    if (error != cudaSuccess) return {cudaGetErrorString(error)};
+    const Status s = allow_shared_memory(mla_combine_kernel<T>, smem);
+    if (s.error != nullptr) return s;
   }
   return mla_launch_kernel({true}, mla_combine_kernel<T>, grid, 32 * kMlaWarps, smem, stream, args);
 }
@@ -112,10 +111,8 @@ template <typename T, typename Maps>
 Status mla_launch_attention(void (*kernel)(MlaArgs, Maps), dim3 grid, int threads,
                             const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig& c,
                             const Maps& maps, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
-  if (error != cudaSuccess) return {cudaGetErrorString(error)};
-  Status s = {};
+  Status s = allow_shared_memory(kernel, c.smem_bytes);
+  if (s.error != nullptr) return s;
   if (p.weight != nullptr) s = mla_launch_absorb<T>(p, const_cast<void*>(a.q), stream);
   if (s.error == nullptr)
     s = mla_launch_kernel({p.weight != nullptr, grid.y}, kernel, grid, threads, c.smem_bytes,

@@ -56,9 +56,8 @@ Status mla_launch_absorb(const MlaDecodeParams& p, void* latent, cudaStream_t st
   a.q_is_aligned = alignment % 16 == 0;
   a.is_weight_early = mla_is_captured(stream);
   const auto kernel = mla_absorb_kernel<T>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.absorb_smem_bytes);
-  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  const Status s = allow_shared_memory(kernel, c.absorb_smem_bytes);
+  if (s.error != nullptr) return s;
   const dim3 grid(static_cast<unsigned>(p.G), c.absorb_slices, c.absorb_columns);
   return mla_launch_kernel({true}, kernel, grid, kMlaAbsorbThreads, c.absorb_smem_bytes, stream, a);
 }
@@ -95,9 +94,8 @@ Status mla_launch_expand(const MlaDecodeParams& p, const MlaPartials& from, cuda
   a.tile_rows = c.rows, a.lanes = c.lanes, a.width = c.width, a.pitch = c.pitch;
   a.is_weight_early = mla_is_captured(stream);
   const auto kernel = mla_expand_kernel<T>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.expand_smem_bytes);
-  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  const Status s = allow_shared_memory(kernel, c.expand_smem_bytes);
+  if (s.error != nullptr) return s;
   const dim3 grid(static_cast<unsigned>(p.G), c.expand_slices, c.widths);
   return mla_launch_kernel({true}, kernel, grid, c.threads, c.expand_smem_bytes, stream, a);
 }

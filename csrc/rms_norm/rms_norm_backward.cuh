@@ -271,9 +271,8 @@ template <typename T, int kPerThread>
 Status rms_norm_bwd_start(const RmsNormBackwardParams& p, const RmsNormBackwardConfig& c,
                           cudaStream_t stream) {
   const auto kernel = rms_norm_bwd_kernel<T, kPerThread>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
-  if (error != cudaSuccess) return Status{cudaGetErrorString(error)};
+  const Status s = allow_shared_memory(kernel, c.smem_bytes);
+  if (s.error != nullptr) return s;
   kernel<<<static_cast<unsigned>(p.partials), dim3(c.threads, c.rows), c.smem_bytes, stream>>>(p);
   return launch_status();
 }

@@ -31,10 +31,8 @@ template <typename T, int P, int N>
 Status launch(const SsdScanParams& p, CUstream_st* stream) {
   const SsdScanConfig c = select_ssd_scan_config(p.sequences, p.heads, P, N);
   const auto kernel = ssd_scan_kernel<T, P, N>;
-  // A limit of this kernel on this device, the same in every call; no synchronisation.
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.smem_bytes);
-  if (error != cudaSuccess) return Status{cudaGetErrorString(error)};
+  const Status s = allow_shared_memory(kernel, c.smem_bytes);
+  if (s.error != nullptr) return s;
   kernel<<<static_cast<unsigned>(c.ctas), c.threads, c.smem_bytes, stream>>>(p);
   return launch_status();
 }

@@ -104,9 +104,8 @@ Status encode(CUtensorMap* map, const SsdScanParams& p, const void* data, std::i
 template <typename Kernel>
 Status launch(Kernel kernel, const SsdArgs& args, std::int64_t items, int threads, int smem,
               cudaStream_t stream, bool early) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  const Status s = allow_shared_memory(kernel, smem);
+  if (s.error != nullptr) return s;
   const int sms = multiprocessors();
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

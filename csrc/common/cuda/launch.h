@@ -5,6 +5,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <utility>
 
 #include "common/status.h"
@@ -33,6 +35,27 @@ inline int device_attribute(cudaDeviceAttr which) {
   return value;
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// Lets launches of a kernel have so much dynamic shared memory.  What it may have only grows: host
+// threads that launch it with different sizes would take it from each other.
+inline Status allow_shared_memory(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> allowed;  // by device
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{device, kernel}];
+  if (bytes <= most) return {};
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  most = bytes;
+  return {};
+}
+template <typename... Params>
+Status allow_shared_memory(void (*kernel)(Params...), int bytes) {
+  return allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+}
 
 // Whether the current device takes the Hopper kernels (sm_90a).
 inline bool takes_sm90() {
