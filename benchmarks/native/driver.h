@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/cuda/vec.cuh"
@@ -238,6 +239,17 @@ static __global__ void __launch_bounds__(512)
   if (sum == 0x12345678u) *sink = sum;
 }
 
+// Code, a part of more than the instruction caches of a multiprocessor hold.
+template <int kPart>
+static __global__ void other_code_kernel(unsigned* sink) {
+  constexpr int kSteps = 1600;
+  float a = kPart, b = static_cast<float>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i)
+    a = fmaf(a, b, 1.f + 0.001f * static_cast<float>(i + kSteps * kPart)), b = fmaf(b, a, 0.7f);
+  if (a == 1.5f && b == 3.f) *sink = 1;
+}
+
 // A stream, what it takes to make the L2 cold, and what the machine reads at best.
 class Bench {
  public:
@@ -274,6 +286,10 @@ class Bench {
   // A cold L2 that has nothing to write back.  Lines read once would not displace those of a call.
   void flush_by_read() const { read<false>(flush_, kFlushBytes); }
 
+  // What other kernels leave of a kernel's code in a multiprocessor: nothing.  Before L2 is
+  // flushed.
+  void forget_code() const { forget_code(std::make_integer_sequence<int, 6>()); }
+
   double floor_us(double bytes) const { return bytes / bytes_per_us; }
 
   static void print_header(const char* shape) {
@@ -289,6 +305,13 @@ class Bench {
   double empty_us = 0, bytes_per_us = 0;
 
  private:
+  template <int... kParts>
+  void forget_code(std::integer_sequence<int, kParts...>) const {
+    const int sms = multiprocessors();
+    (other_code_kernel<kParts><<<sms, 32, 0, stream>>>(sink_), ...);
+    CUDA_OK(cudaGetLastError());
+  }
+
   char* flush_;
   unsigned* sink_;
 };

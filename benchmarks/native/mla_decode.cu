@@ -397,8 +397,9 @@ Problem make_shape(Arena& arena, const Shape& s, int T, void* pool, bool has_wei
   return made;
 }
 
-// One call with a cold L2 full of dirty lines; beside it, one whose L2 was clean, and one after the
-// same call.
+// One call with a cold L2 full of dirty lines; beside it, one whose L2 was clean, one after the
+// same call, and both of the first where other kernels ran in between, so that its code comes from
+// HBM, too, as it does in a decoding step.
 void time_shape(const Bench& bench, Arena& arena, char* pool, const Shape& s, int T) {
   const std::size_t mark = arena.mark();
   const Problem problem = make_shape(arena, s, T, pool, false);
@@ -420,10 +421,15 @@ void time_shape(const Bench& bench, Arena& arena, char* pool, const Shape& s, in
     const auto call = [&] { launch(form == 2 ? whole : problem, form == 1, bench.stream); };
     const double us = graph_us(bench.stream, replays, dirty, call);
     const double clean_us = graph_us(bench.stream, replays, [&] { bench.flush_by_read(); }, call);
+    const auto with_code = [&](void (Bench::*flush)() const) {
+      return graph_us(bench.stream, replays, [&] { bench.forget_code(), (bench.*flush)(); }, call);
+    };
+    const double code_us = with_code(&Bench::flush_by_write);
+    const double clean_code_us = with_code(&Bench::flush_by_read);
     const double hot_us = graph_us(bench.stream, replays, [] {}, call);
     bench.print_row(name, bytes, read_us, us);
-    std::printf("  clean L2 %.1f, again %.1f us; %.0f TFLOP/s\n", clean_us, hot_us,
-                flops / us * 1e-6);
+    std::printf("  clean L2 %.1f, again %.1f us; code cold: %.1f, clean %.1f us; %.0f TFLOP/s\n",
+                clean_us, hot_us, code_us, clean_code_us, flops / us * 1e-6);
   }
   arena.release(mark);
 }
