@@ -23,6 +23,9 @@ struct MlaCombineArgs {
   int rows, pass_rows;       // of a sequence, of an item
   int R, log_lanes;
   int parts;  // of an item's (row, four columns of each half), each for a CTA at once
+  // CTAs, the first ones, that run while the attention kernel does: they execute the code once
+  // without loads and stores, so that the others find it in L2.
+  int rehearsing;
 };
 
 // The rows and columns of one part, `wide` of (row, four columns of each half).
@@ -104,18 +107,26 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 2) mla_combine_kernel(const Ml
   const int first =
       (unit.item - b * a.passes.divisor) * a.pass_rows;  // of the item in its sequence
   const std::int64_t out = static_cast<std::int64_t>(b) * a.rows + first;
+  const int hop = static_cast<int>(gridDim.y);
+  const bool rehearses = static_cast<int>(blockIdx.x + blockIdx.y * gridDim.x) < a.rehearsing;
 #pragma unroll 1
-  for (int n = static_cast<int>(blockIdx.y); n < a.parts; n += static_cast<int>(gridDim.y)) {
-    const MlaCombinePart part = {n * wide, min(a.pass_rows, a.rows - first), out};
+  for (int n = static_cast<int>(blockIdx.y) - (rehearses ? hop : 0); n < a.parts; n += hop) {
+    const bool is_real = n >= 0;
+    const int rows = is_real ? min(a.pass_rows, a.rows - first) : 0;
+    const MlaCombinePart part = {is_real ? n * wide : 0, rows, out};
     int row, column;
     const bool is_there = part.find(a, thread & (wide - 1), row, column);
     MlaFold<2> fold(a.stats, a.sums, unit, a.pass_rows, row, a.quads.divisor, column,
                     thread >> (8 - a.log_lanes), lanes);
-    sm90::grid_dependency_wait();
-    sm90::grid_launch_dependents();
+    fold.is_real = is_real;
+    if (is_real) {
+      sm90::grid_dependency_wait();
+      sm90::grid_launch_dependents();
+    }
     if (unit.count < 2) return;
     MlaPart<2> mine;
-    if (is_there) mine = unit.count <= kFew * lanes ? fold.gather<kFew>() : fold.gather<kMany>();
+    if (is_there || !is_real)
+      mine = unit.count <= kFew * lanes ? fold.gather<kFew>() : fold.gather<kMany>();
     if (lanes > 1) {
       mla_combine_lanes<T>(a, part, mine);
       continue;

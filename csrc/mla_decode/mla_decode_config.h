@@ -129,7 +129,8 @@ constexpr void mla_cut_work(const MlaDecodeShape& s, std::int64_t slots, std::in
   const std::int64_t work = items * (c.split > 0 ? c.pieces : item_blocks);
   c.ctas = static_cast<int>(work < 1 ? 1 : work < slots ? work : slots);
   // A few less where equal sequences then end where shares do: an end inside of a share costs more.
-  for (int n = c.ctas; n * 16 >= c.ctas * 15; --n)
+  // And a multiprocessor at least for the combination's first CTA, which fetches its code.
+  for (int n = c.ctas - (items < c.ctas); n * 16 >= c.ctas * 15; --n)
     if (c.ctas == slots && (items % n == 0 || n % items == 0)) {
       c.ctas = n;
       break;

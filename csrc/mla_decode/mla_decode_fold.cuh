@@ -50,6 +50,7 @@ struct MlaFold {
   int next, after;      // rows of the thread's next partial result and of the one after it
   int stride;           // rows from there to the next
   int k, count, lanes, quads;
+  bool is_real = true;  // otherwise nothing is there, and the code is executed all the same
 
   // A place of 16 rows has 4 KiB at least: 32 bits count rows.
   __device__ __forceinline__ MlaFold(const float2* stats_, const float4* sums_, const MlaUnit& unit,
@@ -80,7 +81,7 @@ struct MlaFold {
       float top = mine.top;
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
-        const bool is_there = k + n * lanes < count;
+        const bool is_there = is_real && k + n * lanes < count;
         const int row = n == 0 ? next : after + (n - 1) * stride;
         const float4* const from = sums + static_cast<std::int64_t>(row) * (kQuads * quads);
         s[n] = {-kInfinity, 0.f};

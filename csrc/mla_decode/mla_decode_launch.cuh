@@ -78,8 +78,10 @@ inline Status mla_arguments(const MlaDecodeParams& p, const MlaDecodeConfig& c, 
   return {};
 }
 
+// `attending`: CTAs of the attention kernel.
 template <typename T>
-Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream_t stream) {
+Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, int attending,
+                          cudaStream_t stream) {
   const int rows = 16 * c.groups, quads = c.rank / 8;
   MlaCombineArgs args = {};
   args.line = a, args.finds_units = a.unit_per_item && a.batch <= kMlaLineThreads;
@@ -96,6 +98,7 @@ Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, cudaStream
   const std::int64_t most = sms * 2 / c.units;
   const int parts = args.parts < most ? args.parts : most > 1 ? static_cast<int>(most) : 1;
   const dim3 grid(static_cast<unsigned>(c.units), static_cast<unsigned>(parts));
+  if (args.finds_units && attending < sms) args.rehearsing = sms - attending;
   // The first multiprocessor that is free would take several CTAs, if there were room for them.
   int smem = 0;
   if (c.units * parts <= sms) {
@@ -118,7 +121,9 @@ Status mla_launch_attention(void (*kernel)(MlaArgs, Maps), dim3 grid, int thread
     s = mla_launch_kernel({p.weight != nullptr, grid.y}, kernel, grid, threads, c.smem_bytes,
                           stream, a, maps);
   if (p.weight == nullptr)
-    return s.error != nullptr || c.units == 0 ? s : mla_launch_combine<T>(a, c, stream);
+    return s.error != nullptr || c.units == 0
+               ? s
+               : mla_launch_combine<T>(a, c, static_cast<int>(grid.x * grid.y), stream);
   const MlaPartials partials = {&a, a.units, a.stats, a.sums, a.o, c.rank, 16 * c.groups, c.passes};
   return s.error != nullptr ? s : mla_launch_expand<T>(p, partials, stream);
 }

@@ -152,37 +152,42 @@ struct MlaWideRows {
     for (int c = 0; c < S::kChunks; ++c) release(slot, c);
   }
 
-  // A block that this warpgroup owns, whose tokens start at `token`; kFollows: with the products of
-  // the one before it, which the other owns, while it waits for its scores.  Where there is room
-  // for two blocks, half 0 makes those products before its scores: of two blocks, the first is
-  // exponentiated while the second is scored, the second while all make products with the first,
-  // and so each gives way to the next one's tiles sooner.
-  template <int kHalf, bool kFollows>
-  __device__ __forceinline__ void attend(const MlaArgs& a, const MlaStep& step, int b, int token) {
+  // Where there is room for two blocks, half 0 makes the products of the block before its own ahead
+  // of its scores: of two blocks, the first is exponentiated while the second is scored, the second
+  // while all make products with the first, and so each gives way to the next one's tiles sooner.
+  static constexpr bool scores_first(int of_half) { return of_half == 1 || S::kStages > 2; }
+
+  // A block that this warpgroup owns, whose tokens start at `token`; `follows`: with the products
+  // of the one before it, which the other owns, while it waits for its scores.  kMayFollow:
+  // otherwise it does not.  Products that are under way where two paths meet would be waited for,
+  // so only the half that has none there decides at run time, and finds the code of its first block
+  // again.
+  template <int kHalf, bool kMayFollow>
+  __device__ __forceinline__ void attend(const MlaArgs& a, const MlaStep& step, int b, int token,
+                                         bool follows) {
     const MlaWideSlot<S> slot(base, b), before(base, b - 1);
     float s[32];
     constexpr int kLast = S::kChunks - 1;
-    constexpr bool kScoresFirst = kHalf == 1 || S::kStages > 2;
-    if (!kScoresFirst) {
-      if (kFollows) follow(before);
+    constexpr bool kScoresFirst = scores_first(kHalf);
+    if (kScoresFirst) {
+      score(s, slot, 0, S::kTiles);
+      if (kMayFollow) follow(before);
+      sm90::wgmma_wait<kMayFollow ? S::kChunks : 0>(s);
+    } else if (follows) {
+      follow(before);
       score(s, slot, 0, S::kHalfTiles / S::kChunks);
-      if (kFollows) {
-        sm90::wgmma_wait<S::kChunks>(o);
-        release(before, 0);
-      }
+      sm90::wgmma_wait<S::kChunks>(o);
+      release(before, 0);
       if constexpr (S::kChunks == 2) {
         score(s, slot, S::kHalfTiles / 2, S::kHalfTiles);
-        if (kFollows) {
-          sm90::wgmma_wait<2>(o);
-          release(before, 1);
-        }
+        sm90::wgmma_wait<2>(o);
+        release(before, 1);
       }
       score(s, slot, S::kHalfTiles, S::kTiles);
       sm90::wgmma_wait<0>(s);
     } else {
       score(s, slot, 0, S::kTiles);
-      if (kFollows) follow(before);
-      sm90::wgmma_wait<kFollows ? S::kChunks : 0>(s);
+      sm90::wgmma_wait<0>(s);
     }
 
     const int left = step.end - token;
@@ -222,7 +227,7 @@ struct MlaWideRows {
       sum[i] += s[j] + s[j + 1];
       p[j / 8][j / 2 % 4] = pack<T>(s[j], s[j + 1]);
     }
-    if (kScoresFirst && kFollows && S::kChunks == 2) {
+    if (kScoresFirst && kMayFollow && S::kChunks == 2) {
       sm90::wgmma_wait<1>();
       release(before, 0);
     }
@@ -235,7 +240,7 @@ struct MlaWideRows {
     sm90::fence_async_proxy();
     named_barrier_arrive(kMlaBarrierHandOver + half, kMlaProducts);
 
-    if (kScoresFirst && kFollows) {
+    if (kScoresFirst && kMayFollow) {
       sm90::wgmma_wait<0>(o);
       release(before, kLast);
     }
@@ -350,12 +355,12 @@ __device__ __forceinline__ void mla_wide_piece(const MlaArgs& a, MlaWideRows<T, 
   mine.half = kHalf;  // as it is, for the compiler to know
   int b = first + ((first & 1) != kHalf);
   const auto token = [&] { return step.token + (b - first) * kMlaWideBlock; };
-  if (b == first) {
-    mine.template attend<kHalf, false>(a, step, b, token());
+  if (MlaWideRows<T, S>::scores_first(kHalf) && b == first) {
+    mine.template attend<kHalf, false>(a, step, b, token(), false);
     b += 2;
   }
 #pragma unroll 1
-  for (; b < last; b += 2) mine.template attend<kHalf, true>(a, step, b, token());
+  for (; b < last; b += 2) mine.template attend<kHalf, true>(a, step, b, token(), b > first);
   if (b == last) {
     const MlaWideSlot<S> slot(mine.base, b - 1);
     mine.follow(slot);

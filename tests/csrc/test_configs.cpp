@@ -226,6 +226,15 @@ void mla_decode_tiles_fit() {
       {64, 32, 160, 64, 8192, 0, false}, 132, zebra::kMlaSm90SmemBytes);
   static_assert(c.groups == 2 && c.streams == 4 && c.slots == 2 && c.passes == 1, "8B");
   static_assert(c.merge_parts == 5, "8B");
+  // Where sequences are cut, in equal parts if that is nearly all, a multiprocessor is left to the
+  // combination; where all have whole ones, none is.
+  const auto ctas = [](std::int64_t batch) {
+    return zebra::select_mla_decode_config({batch, 32, 160, 64, 32768, 0, true}, 132,
+                                           zebra::kMlaSm90SmemBytes)
+        .ctas;
+  };
+  EXPECT(ctas(1) == 131 && ctas(2) == 130 && ctas(8) == 128 && ctas(12) == 132, "1: %d", ctas(1));
+  EXPECT(ctas(64) == 128 && ctas(132) == 132 && ctas(264) == 132, "64: %d", ctas(64));
 }
 
 void mla_wide_tiles_fit() {
