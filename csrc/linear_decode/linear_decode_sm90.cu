@@ -45,8 +45,8 @@
 // Predicted      in a chain with programmatic edges: the time of reading W at 0.96 of HBM's rate,
 //                and 1.2 us (2.2 us where a CTA takes a whole multiprocessor); a norm 0.3 us more
 //                with at most 4 rows of x, 1.6 us with more.
-// Measured       H200, 2026-11-28 (321b93e, before whole boxes): 4096 x 4096 with 1 / 16 / 32 / 64
-//                rows 9.0 / 9.9 / 10.3 / 11.3 us a link: 85 / 77 / 74 / 67 % of 4.4 TB/s.
+// Measured       H200, 2026-11-29 (22a8970): 4096 x 4096 with 1 / 16 / 32 / 64 / 128 rows
+//                9.0 / 9.6 / 9.6 / 10.6 / 12.5 us a link: 85 / 80 / 80 / 72 / 61 % of 4.4 TB/s.
 //                benchmarks/bench_linear_decode.py --device cuda
 #include "linear_decode/linear_decode_sm90_launch.h"
 
