@@ -102,6 +102,7 @@ struct MlaDecodeConfig {
   int merge_parts;     // of 32 columns that are added at a time where an item ends
   int q_offset, ring_offset, smem_bytes;
   int ctas;
+  bool rehearses;         // one more, or a pair, without work: mla_wide_rehearse
   int item_cost;          // of an item's start and end, in stages
   std::int64_t split;     // tokens of a piece, whole stages; 0: a CTA's share is a piece
   std::int64_t pieces;    // of an item at most, where split > 0

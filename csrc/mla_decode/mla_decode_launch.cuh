@@ -78,7 +78,7 @@ inline Status mla_arguments(const MlaDecodeParams& p, const MlaDecodeConfig& c, 
   return {};
 }
 
-// `attending`: CTAs of the attention kernel.
+// `attending`: CTAs of the attention kernel that have work.
 template <typename T>
 Status mla_launch_combine(const MlaArgs& a, const MlaDecodeConfig& c, int attending,
                           cudaStream_t stream) {
@@ -123,7 +123,7 @@ Status mla_launch_attention(void (*kernel)(MlaArgs, Maps), dim3 grid, int thread
   if (p.weight == nullptr)
     return s.error != nullptr || c.units == 0
                ? s
-               : mla_launch_combine<T>(a, c, static_cast<int>(grid.x * grid.y), stream);
+               : mla_launch_combine<T>(a, c, c.ctas * static_cast<int>(grid.y), stream);
   const MlaPartials partials = {&a, a.units, a.stats, a.sums, a.o, c.rank, 16 * c.groups, c.passes};
   return s.error != nullptr ? s : mla_launch_expand<T>(p, partials, stream);
 }

@@ -54,8 +54,9 @@ struct MlaWideRows {
     asm volatile("" : "+r"(thread));  // indices are computed here, not kept from piece to piece
     const char* const from = static_cast<const char*>(a.q) + 2 * step.b * a.q_stride[0];
     barrier_of_both();  // the item before needs q and its place no more
+    const int rows = mla_wide_rehearses(a) ? 0 : kMlaWideRows;
 #pragma unroll 1
-    for (int r = thread / 8; r < kMlaWideRows; r += kMlaProducts / 8) {
+    for (int r = thread / 8; r < rows; r += kMlaProducts / 8) {
       const int mine = min(first_row + r, a.rows - 1), unit = thread % 8;
       const int token = a.heads.quotient(mine), head = mine - token * a.heads.divisor;
       const char* const row = from + 2 * (token * a.q_stride[1] + head * a.q_stride[2]);
@@ -438,7 +439,9 @@ __global__ void __launch_bounds__(kMlaProducts + 128, 1)
     named_barrier(kMlaBarrierKnown, kMlaProducts + 128);
     if (warp == kMlaProducts / 32) {
       const MlaShare share = shared.share;
-      if (maps.box == kMlaWideBlock)
+      if (mla_wide_rehearses(a))
+        mla_wide_rehearse<S>(a);
+      else if (maps.box == kMlaWideBlock)
         mla_wide_load<S, true>(a, maps, share);
       else
         mla_wide_load<S, false>(a, maps, share);
@@ -451,9 +454,9 @@ __global__ void __launch_bounds__(kMlaProducts + 128, 1)
   if (threadIdx.x == 0) mla_wide_open<S>(a, share);
   named_barrier_arrive(kMlaBarrierKnown, kMlaProducts + 128);
   named_barrier(kMlaBarrierReady, kMlaProducts + 128);
-  // For q; and a grid must not end before the one that it follows.
-  sm90::grid_dependency_wait();
+  if (!mla_wide_rehearses(a)) sm90::grid_dependency_wait();  // for q
   mla_wide_products<T, S>(a, warp);
+  sm90::grid_dependency_wait();  // a grid must not end before the one that it follows
   if (shared.share.has_empty && blockIdx.y == 0) mla_write_empty<T>(a);
 }
 

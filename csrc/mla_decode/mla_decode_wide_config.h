@@ -53,6 +53,7 @@ constexpr MlaDecodeConfig select_mla_wide_config(const MlaDecodeShape& s, std::i
   c.smem_bytes = mla_wide_smem_bytes(c.rank);
   c.passes = static_cast<int>(ceil_div<std::int64_t>(s.rows, 16 * c.groups));
   mla_cut_work(s, sms / pair > 0 ? sms / pair : 1, sms, c);
+  c.rehearses = (c.ctas + 1) * pair <= sms;
   return c;
 }
 

@@ -180,6 +180,35 @@ __device__ __forceinline__ void mla_wide_bring(const MlaWideMaps& maps, const Ml
   __syncwarp();
 }
 
+// Whether this CTA is one beside those that may have work.  It executes what they do before they
+// have anything to do it with, and then they find the code in L2: there is more of it than a short
+// call hides.
+__device__ __forceinline__ bool mla_wide_rehearses(const MlaArgs& a) {
+  return static_cast<int>(blockIdx.x) >= a.ctas.divisor;
+}
+
+// In place of mla_wide_load, of such a CTA: a piece of whatever lies in shared memory, of rows past
+// the last one, so that nothing of it is written.  One warp.
+template <typename S>
+__device__ __forceinline__ void mla_wide_rehearse(const MlaArgs& a) {
+  constexpr int kBlocks = 3, kTokens = kBlocks * kMlaWideBlock;  // every path of both warpgroups
+  const std::uint32_t base = smem_addr(&S::shared());
+  if (threadIdx.x % 32 != 0) return;
+  MlaStep* const pieces = S::shared().pieces;
+  pieces[0] = {0, kTokens, kTokens + a.tokens, 0, a.passes, 0, 0};
+  pieces[1].flags = MlaStep::kStop;
+  sm90::mbarrier_arrive(S::noted(0));
+  sm90::mbarrier_arrive(S::noted(1));
+#pragma unroll 1
+  for (int b = 0; b < kBlocks; ++b) {
+    const MlaWideSlot<S> slot(base, b);
+#pragma unroll 1
+    for (int n = 0; n < S::kEmpties; ++n) sm90::mbarrier_wait(slot.empty(n), slot.parity ^ 1);
+#pragma unroll 1
+    for (int tile = 0; tile < S::kTiles; ++tile) sm90::mbarrier_arrive(slot.full(tile));
+  }
+}
+
 // Brings the blocks of the CTA's pieces in order, and notes pieces.  One warp.  kIsWhole: a box is
 // a block.
 template <typename S, bool kIsWhole>

@@ -39,7 +39,8 @@ Status launch(const MlaDecodeParams& p, const MlaArgs& a, const MlaDecodeConfig&
   const auto kernel = c.rank == 128   ? mla_wide_kernel<T, MlaWideShape<128>>
                       : c.rank == 256 ? mla_wide_kernel<T, MlaWideShape<256>>
                                       : mla_wide_kernel<T, MlaWideShape<512>>;
-  const dim3 grid(static_cast<unsigned>(c.ctas), c.groups * 16 > kMlaWideRows ? 2 : 1);
+  const dim3 grid(static_cast<unsigned>(c.ctas + c.rehearses),
+                  c.groups * 16 > kMlaWideRows ? 2 : 1);
   return mla_launch_attention<T>(kernel, grid, kMlaProducts + 128, p, a, c, maps, stream);
 }
 

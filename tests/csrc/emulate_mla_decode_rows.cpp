@@ -21,6 +21,7 @@ struct Rows {
     if (config.rank != kRank || config.rope != kRope) zebra::stuck("another instance", kRank);
     return config;
   }
+  static constexpr int kRehearsing = 0;
   static int ctas_of_rows(const MlaDecodeConfig&) { return 1; }
   static Maps map(CUtensorMap rows, int, int) {
     Maps maps;

@@ -13,6 +13,7 @@ struct Wide {
   using Maps = zebra::MlaWideMaps;
   static constexpr int kThreads = zebra::kMlaProducts + 128;
   static constexpr bool kTma = true;
+  static constexpr int kRehearsing = 1;  // CTAs without work
 
   static MlaDecodeConfig configure(const zebra::MlaDecodeShape& shape, int sms) {
     return zebra::select_mla_wide_config(shape, sms);

@@ -60,7 +60,7 @@ class Problem {
                            std::int64_t{most} * c.page, c.split, Kernel::kTma},
                           c.sms);
     set(config);
-    gridDim.x = config.ctas, gridDim.y = Kernel::ctas_of_rows(config);
+    gridDim.x = config.ctas + Kernel::kRehearsing, gridDim.y = Kernel::ctas_of_rows(config);
     for (int y = 0; y < gridDim.y; ++y)
       for (int x = 0; x < gridDim.x; ++x) {
         std::memset(zebra::smem, 0xff, sizeof(zebra::smem));

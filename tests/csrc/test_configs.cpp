@@ -255,13 +255,13 @@ void mla_wide_tiles_fit() {
             EXPECT(c.slots >= 2 && c.slots % 2 == 0, "%ld", r);
             EXPECT(std::int64_t{16} * c.groups * c.passes >= rows && c.groups * 16 <= 128,
                    "%ld rows", static_cast<long>(rows));
-            EXPECT(c.ctas >= 1 && (sms == 1 || c.ctas * (c.groups * 16 / 64) <= sms), "%ld SMs",
-                   static_cast<long>(sms));
+            const int all = (c.ctas + c.rehearses) * (c.groups * 16 / 64);
+            EXPECT(c.ctas >= 1 && (sms == 1 || all <= sms), "%ld SMs", static_cast<long>(sms));
           }
   // DeepSeek's 128 heads: a sequence is a pair's.
   constexpr zebra::MlaDecodeConfig c =
       zebra::select_mla_wide_config({64, 128, 512, 64, 8192, 0, true}, 132);
-  static_assert(c.ctas == 64 && c.groups == 8 && c.passes == 1 && c.slots == 2);
+  static_assert(c.ctas == 64 && c.groups == 8 && c.passes == 1 && c.slots == 2 && c.rehearses);
   // A combination of few threads a multiprocessor.
   constexpr zebra::MlaDecodeConfig eight =
       zebra::select_mla_wide_config({8, 128, 512, 64, 8192, 0, true}, 132);
