@@ -4,7 +4,8 @@
 //                Derivation: docs/kernels/mla_decode.md.
 // Grid           (n, 1 or 2), persistent, one CTA a multiprocessor: mla_decode_schedule.cuh deals
 //                the tokens to n pairs of CTAs, of which each has 64 of the pair's rows.  Both walk
-//                the same tokens, so L2 serves one of them.
+//                the same tokens, so L2 serves one of them.  Where there is room, one pair more:
+//                mla_wide_rehearses().
 // Warps          12: two warpgroups of products with half of the columns of o each, and a warp that
 //                loads, mla_decode_wide_load.cuh.
 // Block          64 cached rows.  Warpgroup b % 2 owns block b: it makes the scores and
