@@ -69,12 +69,9 @@ template <typename T, int kTokens, int kRowTiles, int kSlices>
 Status start(const LinearArgs& args, cudaStream_t stream) {
   const auto kernel = linear_decode_sm90_kernel<T, kTokens, kRowTiles, kSlices>;
   const LinearDecodeSm90Config& c = args.cfg;
-  const Status s = allow_shared_memory(kernel, c.smem_bytes);
+  Status s = allow_shared_memory(kernel, c.smem_bytes);
+  if (s.error == nullptr) s = take_largest_carveout(kernel);
   if (s.error != nullptr) return s;
-  // The largest carve-out always: launches of different carve-outs cannot share a multiprocessor.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                           cudaSharedmemCarveoutMaxShared);
-  if (error != cudaSuccess) return {cudaGetErrorString(error)};
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = kLaunchesOverlap;
@@ -88,7 +85,7 @@ Status start(const LinearArgs& args, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = c.cluster == 1 ? 1 : 2;
-  error = cudaLaunchKernelEx(&config, kernel, args);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
   return error == cudaSuccess ? launch_status() : Status{cudaGetErrorString(error)};
 }
 
@@ -159,10 +156,8 @@ Status encode_maps(LinearArgs& args) {
 template <typename T, typename Gain>
 Status start_norm(const LinearDecodeParams& p, cudaStream_t stream) {
   const auto kernel = linear_decode_norm_kernel<T, Gain>;
-  // The carve-out of the products: other ones cannot share a multiprocessor with them.
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  const Status s = take_largest_carveout(kernel);  // to share a multiprocessor with the products
+  if (s.error != nullptr) return s;
   return launch_dependent(kernel, dim3(static_cast<unsigned>(p.rows)), dim3(kLinearNormThreads),
                           kLinearNormSmemBytes, stream, static_cast<const T*>(p.x), p.x_stride,
                           static_cast<const Gain*>(p.norm_weight), static_cast<T*>(p.h),

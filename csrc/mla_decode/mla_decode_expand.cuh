@@ -58,6 +58,8 @@ constexpr int kMlaExpandAtOnce = 6;  // partial results
 constexpr int kMlaExpandAtOnce = 3;  // as registers of 1024 threads allow
 #endif
 
+constexpr int kMlaExpandFewRows = 16;  // of a KV head
+
 template <typename T>
 __global__ void __launch_bounds__(kMlaExpandThreads, 1)
     mla_expand_kernel(const __grid_constant__ MlaExpandArgs a) {
@@ -69,6 +71,10 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
   const int kv_head = blockIdx.x, first_column = blockIdx.z * a.width;
   const int units = a.pitch / 16 - 1;  // of a row, the gap behind it not counted
 
+  // What follows may start: at once where rows are few, and it has most to ask for while this
+  // waits.
+  const bool is_few = a.rows <= kMlaExpandFewRows;
+  if (is_few) sm90::grid_launch_dependents();
   if (!a.is_weight_early) sm90::grid_dependency_wait();
   const char* const from =
       static_cast<const char*>(a.weight) +
@@ -109,7 +115,7 @@ __global__ void __launch_bounds__(kMlaExpandThreads, 1)
       MlaFold<1> fold(a.stats, a.sums, unit, a.pass.divisor, row.row_in_pass, a.rank_quads, quad,
                       k0, a.lanes);
       sm90::grid_dependency_wait();
-      sm90::grid_launch_dependents();
+      if (!is_few) sm90::grid_launch_dependents();
       MlaPart<1> mine;
       uint2 words = {0, 0};
       if (unit.count > 1)

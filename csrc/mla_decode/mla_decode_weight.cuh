@@ -24,11 +24,8 @@ inline MlaWeightConfig mla_weight_config(const MlaDecodeParams& p) {
 template <typename... Args>
 Status mla_launch_kernel(const LaunchOptions& options, void (*kernel)(Args...), dim3 grid,
                          int threads, int smem, cudaStream_t stream, const Args&... args) {
-  // The split of L1 that the attention kernel has: another one waits until a multiprocessor is
-  // empty.
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  const Status s = take_largest_carveout(kernel);
+  if (s.error != nullptr) return s;
   return launch_kernel(options, kernel, grid, dim3(static_cast<unsigned>(threads)),
                        static_cast<std::size_t>(smem), stream, args...);
 }

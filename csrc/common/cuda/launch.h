@@ -57,6 +57,16 @@ Status allow_shared_memory(void (*kernel)(Params...), int bytes) {
   return allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
 }
 
+// Asks for as much of L1 as can be to be shared memory.  A multiprocessor changes what it is split
+// into only when it is empty, so kernels that are to share one while launches overlap all ask for
+// the same.
+template <typename... Params>
+Status take_largest_carveout(void (*kernel)(Params...)) {
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
+}
+
 // Whether the current device takes the Hopper kernels (sm_90a).
 inline bool takes_sm90() {
   return !env_is_set("ZEBRA_PORTABLE") &&
