@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(32 * kMlaWarps, 2) mla_combine_kernel(const Ml
       sm90::grid_dependency_wait();
       sm90::grid_launch_dependents();
     }
-    if (unit.count < 2) return;
+    // Not before the wait: the kernel after this one waits for no other.
+    if (unit.count < 2 && is_real) return;
     MlaPart<2> mine;
     if (is_there || !is_real)
       mine = unit.count <= kFew * lanes ? fold.gather<kFew>() : fold.gather<kMany>();

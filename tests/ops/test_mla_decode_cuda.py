@@ -157,6 +157,25 @@ def test_a_graph_follows_lengths_and_queries():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[64], [60, 64, 1], [5000]], ids=str)
+def test_what_follows_in_a_graph_finds_the_result(lengths):
+    """Whether or not anything was cut: the last grid of a call ends after the others."""
+    args = latent(32, 160, 64, lengths, torch.bfloat16)
+    want = ops.mla_decode(**args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.mla_decode(**args)
+        copies = [t.clone() for t in results]
+    for _ in range(50):
+        for t in results:
+            t.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(copies, want, strict=True))
+
+
+@pytest.mark.gpu
 def test_repeats_are_bitwise_equal():
     args = latent(32, 64, 64, [777, 3, 4100], torch.bfloat16)
     want = ops.mla_decode(**args)
