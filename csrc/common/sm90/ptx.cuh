@@ -122,7 +122,8 @@ __device__ __forceinline__ void grid_dependency_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Lets the next grid start; call after grid_dependency_wait().
+// Lets the next grid start.  After grid_dependency_wait(), or ahead of it where the next grid,
+// until its own wait, touches nothing that grids before this one may still write.
 __device__ __forceinline__ void grid_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
